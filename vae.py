@@ -1,0 +1,873 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "tqdm>=4.60"]
+# ///
+# SPDX-License-Identifier: MIT
+"""The autoencoder and the variational autoencoder: squeeze a picture, rebuild it, dream up new ones.
+
+          encoder q(z|x)               the code z                   decoder p(x|z)
+    x -> 28x28 -> 14x14 -> 7x7 -> a few dozen numbers -> 7x7 -> 14x14 -> 28x28 -> x rebuilt
+                                  ae:  z = mean
+                                  vae: z = mean + sigma * eps,  eps ~ N(0, I)
+
+An autoencoder passes a picture through a narrow code and rebuilds it on the other side. It remembers
+well but cannot invent: between the codes that it uses lies a no man's land, and a code picked there
+decodes to a scrawl. The variational autoencoder blurs every code a little (the eps) and pays for
+every code that strays from N(0, I). So codes overlap and fill the space: whatever is drawn from
+N(0, I) decodes to a picture, and a walk from code to code passes pictures all the way.
+
+    python vae.py                                 the VAE, on digits that this script draws itself
+    python vae.py --kind ae                       the plain autoencoder, to lay beside it
+    python vae.py --latent-dim 2                  a code of two numbers: latent space as a map
+    python vae.py --data mnist --steps 20000      MNIST, downloaded once
+    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256      the same on a GPU
+
+Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (of two
+numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped; when all is
+done it draws new samples (--seed 1 for others). EXPECT
+
+Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
+(arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
+Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged. The objective is
+theirs; the networks are convolutional and residual where theirs had one or two hidden layers.
+"""
+import math
+import sys
+import warnings
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+
+def knob(default, about, *within):
+    """A setting: its default, its meaning, and its choices or its lowest and highest value."""
+    return field(default=default, metadata={"about": about, "within": within})
+
+
+@dataclass
+class Config:
+    """Every setting, model first; the command line is made from it."""
+    kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
+    beta: float = knob(1.0, "weight of the KL term: more is smoother, less sharper", 0, 1e4)
+    latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
+    width: int = knob(16, "channels at 14x14; more is better and slower", 1, 512)
+    steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
+    batch_size: int = knob(64, "pictures a step", 1, 2**16)
+    learning_rate: float = knob(4e-3, "its peak; less where training diverges", 0, 1)
+    draws: int = knob(100, "k of the importance-weighted bound", 1, 10**6)
+    test_images: int = knob(1000, "held-out pictures to judge on; mnist has 10000", 1, 10**6)
+    samples: int = knob(100, "pictures in samples.png", 1, 10**4)
+    data: str = knob("digits", "digits (drawn here), mnist, fashion, or a folder of IDX files")
+    data_dir: str = knob("data", "where downloads are kept")
+    seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
+    device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
+    out: str = knob("", "folder of the results; else out/vae-... after what is not the default")
+    restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
+
+    def __post_init__(self):
+        check_config(self)
+
+
+NAME = "vae"
+FIXED = ("kind", "latent_dim", "width", "data", "batch_size", "seed")  # once training has begun
+JUDGING = ("draws", "test_images")  # when these change, a trained model is judged again
+
+
+# ==== 1. The pictures =============================================================================
+# load_images (block `images`, below) holds them all in memory, as bytes. In comments B is the batch,
+# C, H, W are channels, height and width of a picture, here 1, 28, 28, and L is latent_dim.
+
+
+def binarise(pictures, generator=None):
+    """Bytes (B, 1, H, W) -> floats 0 or 1: a pixel is ink with the probability of its grey.
+
+    It is drawn afresh each time a picture is seen, so the data never quite repeat. And a pixel is now
+    the toss of a coin, so that "the probability of this picture" means something: likelihoods on
+    MNIST are those of such pictures (Burda et al. 2015, section 5).
+    """
+    return torch.bernoulli(pictures.float() / 255, generator=generator)
+
+
+# ==== 2. Two networks, into the bottleneck and out of it ==========================================
+# To halve the resolution, 2x2 pixels of C channels are folded into one pixel of 4C (space to depth);
+# to double it, unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). Nothing is lost, and no
+# convolution runs at 28x28, where it would cost four times what it costs at 14x14.
+
+
+class Residual(nn.Module):
+    """x + f(x), f two 3x3 convolutions (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> the same.
+
+    The second one starts at a tenth of its usual size, so that the block begins as almost nothing:
+    then a stack of blocks trains without normalisation.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.1)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Encoder(nn.Sequential):
+    """q(z|x): pictures (B, 1, 28, 28) -> (B, 2 L), the means and log variances of their codes."""
+
+    def __init__(self, latent_dim, width):
+        super().__init__(
+            nn.PixelUnshuffle(2),                                    # (B, 4, 14, 14)
+            nn.Conv2d(4, width, kernel_size=3, padding=1),           # (B, width, 14, 14)
+            Residual(width),
+            nn.PixelUnshuffle(2),                                    # (B, 4 width, 7, 7)
+            nn.Conv2d(4 * width, 64, kernel_size=1),                 # (B, 64, 7, 7)
+            Residual(64), nn.SiLU(),
+            nn.Flatten(),                                            # (B, 3136)
+            nn.Linear(3136, 256), nn.SiLU(),
+            nn.Linear(256, 2 * latent_dim))                          # (B, 2 L)
+
+
+class Decoder(nn.Sequential):
+    """p(x|z): codes (B, L) -> logits (B, 1, 28, 28), the log odds of ink at every pixel."""
+
+    def __init__(self, latent_dim, width):
+        super().__init__(
+            nn.Linear(latent_dim, 256), nn.SiLU(),
+            nn.Linear(256, 3136),
+            nn.Unflatten(1, (64, 7, 7)),                             # (B, 64, 7, 7)
+            Residual(64), Residual(64),
+            nn.Conv2d(64, 4 * width, kernel_size=1),                 # (B, 4 width, 7, 7)
+            nn.PixelShuffle(2),                                      # (B, width, 14, 14)
+            Residual(width), nn.SiLU(),
+            nn.Conv2d(width, 4, kernel_size=3, padding=1),           # (B, 4, 14, 14)
+            nn.PixelShuffle(2))                                      # (B, 1, 28, 28)
+
+
+class VAE(nn.Module):
+    """An encoder, a decoder, and where to look for codes. The autoencoder has the same networks."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.latent_dim, config.width)
+        self.decoder = Decoder(config.latent_dim, config.width)
+        # Codes are looked for at prior_mean + prior_factor @ eps: N(0, I), the VAE's prior. The
+        # autoencoder has none: fit_gaussian moves this to where its codes turn out to lie.
+        self.register_buffer("prior_mean", torch.zeros(config.latent_dim))
+        self.register_buffer("prior_factor", torch.eye(config.latent_dim))
+
+    def encode(self, x):
+        """Pictures (B, 1, H, W) of 0 and 1 -> mean, logvar, (B, L) each; for ae, mean is the code."""
+        return self.encoder(x).chunk(2, dim=1)
+
+    def decode(self, z):
+        """Codes (B, L) -> logits (B, 1, H, W); their sigmoid is the probability of ink."""
+        return self.decoder(z)
+
+    def place(self, eps):
+        """Standard normal eps (B, L) -> codes (B, L) where codes are to be looked for."""
+        return self.prior_mean + eps @ self.prior_factor.T
+
+
+# ==== 3. The objective ============================================================================
+# The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for each
+# pixel. The story is good if it makes real pictures probable, that is if log p(x) is large, where
+# p(x) = integral of p(x|z) p(z) dz. Estimating that with codes drawn at random is hopeless, since
+# hardly any code fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes the
+# codes worth trying. With Jensen's inequality (the log of a mean is at least the mean of the logs)
+#
+#   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]
+#           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
+#            =   reconstruction  -  KL( q(z|x) || p(z) )        the evidence lower bound, or ELBO
+#
+# (Kingma and Welling 2013, equation 3). What is lost is KL(q(z|x) || p(z|x)): a perfect guide loses
+# nothing. The KL has a closed form; for the reconstruction one draw of z is enough. The gradient must
+# reach the encoder through that draw, hence z = mean + sigma * eps: chance comes from outside, and z
+# is a differentiable function of mean and sigma. That is the reparametrisation trick.
+
+
+def log_bernoulli(logits, x):
+    """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats.
+
+    Tosses are independent given z, so their log probabilities ADD UP over the pixels. To average them
+    is the commonest mistake in such code: it divides this term by 784 but not the KL, just as
+    --beta 784 would. Then it pays to ignore the code, and every sample is the same grey blur.
+    """
+    return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
+
+
+def kl_divergence(mean, logvar):
+    """KL( N(mean, sigma^2) || N(0, I) ): two (B, L) -> (B,), nats (Kingma, Welling, appendix B)."""
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
+
+
+def elbo(model, x):
+    """Pictures (B, 1, H, W) of 0 and 1 -> reconstruction (B,) and KL (B,), nats per picture.
+
+    The autoencoder's code is the mean itself, without noise and free of charge: nothing else differs.
+    """
+    mean, logvar = model.encode(x)
+    if model.config.kind == "ae":
+        return log_bernoulli(model.decode(mean), x), torch.zeros_like(mean[:, 0])
+    z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    return log_bernoulli(model.decode(z), x), kl_divergence(mean, logvar)
+
+
+# ==== 4. Training =================================================================================
+
+
+def schedule(progress):
+    """Share of the peak learning rate at ``progress`` 0 to 1: a short ramp, then half a cosine."""
+    return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(config):
+    """Train what is left to train, judge, draw, all into ``config.out`` -> the VAE in eval mode.
+
+    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
+    KeyboardInterrupt (it was stopped; the same call goes on).
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    model = VAE(config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+    run = Run(config, model=model, optimizer=optimizer)
+    if not run.finished:
+        data = load_images(config.data, config.data_dir)
+        run.same_data(data.train, data.test)
+        pictures = data.train.to(device)  # MNIST's 60,000 are 47 MB
+        for step in run.steps():
+            # The next batch in this epoch's order, its coins tossed afresh.
+            x = binarise(pictures[run.batch_rows(len(pictures)).to(device)])
+            # Encode, draw a code, decode: how well was it rebuilt, and what did the code cost?
+            reconstruction, kl = elbo(model, x)
+            loss = (config.beta * kl - reconstruction).mean()
+            # Gradients. A wild batch must not undo the work of many: their length is capped.
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=100)
+            run.log(loss=loss, kl=kl.mean(), grad_norm=grad_norm)  # raises if one is not finite
+            # Update.
+            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
+            optimizer.step()
+            if run.due(10):  # ten times, the last step included
+                fit_gaussian(model, pictures)
+                draw_samples(run, model)
+                draw_reconstructions(run, model, data.test)
+        run.finish(judge(model, data.test))
+        draw_walk(run, model, data.test)
+    draw_samples(run, model)
+    run.report()
+    return model.eval()
+
+
+@torch.no_grad()
+def fit_gaussian(model, pictures):
+    """For the autoencoder: the mean and covariance of the codes of 10,000 training pictures.
+
+    The VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
+    likes, on a thin and winding sheet; a Gaussian around that is mostly empty, and samples show it.
+    """
+    if model.config.kind == "ae":
+        codes = [model.encode(binarise(x))[0] for x in pictures[:10000].split(500)]
+        codes = torch.cat(codes).cpu()                                                   # (N, L)
+        model.prior_mean.copy_(codes.mean(0))
+        covariance = torch.cov(codes.T, correction=0).view(2 * codes.shape[1:])          # (L, L)
+        ridge = 1e-4 * torch.eye(len(covariance))  # in case a number of the code is never used
+        model.prior_factor.copy_(torch.linalg.cholesky(covariance + ridge))
+
+
+# ==== 5. Sampling =================================================================================
+
+
+def sample(model, n, seed=None):
+    """Draw n new pictures, floats (n, 1, H, W) in [0, 1]: codes from N(0, I) or the Gaussian, decoded.
+
+    Shown are the probabilities of ink; tossing the coins would only add grain. The same seed gives
+    the same pictures; None draws from torch's global generator.
+    """
+    noise = None if seed is None else seeded(seed, "sample")
+    eps = torch.randn(n, model.config.latent_dim, generator=noise).to(model.prior_mean.device)
+    with evaluating(model):
+        return torch.cat([model.decode(model.place(e)).sigmoid() for e in eps.split(500)])
+
+
+def load(path, device="cpu"):
+    """The model of a checkpoint, in eval mode. UserError where ``path`` holds none of this script."""
+    state = read_checkpoint(path)
+    model = VAE(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+# ==== 6. Judging, on pictures that it never saw ===================================================
+# The ELBO lies below log p(x), how far depends on the guide. k draws instead of one, each weighted by
+# how well it explains x, come closer (Burda et al. 2015, equation 8):
+#
+#   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
+#
+# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x).
+
+
+def log_weights(model, x, k, generator=None):
+    """Pictures (B, 1, H, W) of 0 and 1 -> log w_1 ... log w_k for each of them, (B, k), nats."""
+    rows = []
+    with evaluating(model):
+        for picture, mean, logvar in zip(x, *model.encode(x)):
+            eps = torch.randn(k, len(mean), generator=generator).to(x.device)
+            z = mean + (0.5 * logvar).exp() * eps                                        # (k, L)
+            fit = torch.cat([log_bernoulli(model.decode(some), picture) for some in z.split(500)])
+            rows.append(fit + 0.5 * (eps**2 + logvar - z**2).sum(1))  # + log p(z) - log q(z|x)
+    return torch.stack(rows)
+
+
+def log_likelihood(model, images, k, seed=None):
+    """L_k, a lower bound on log p(x): pictures (B, 1, H, W) of 0 and 1 -> (B,), nats per picture."""
+    if model.config.kind == "ae":
+        raise UserError("an autoencoder has no likelihood: it does not say how probable a code is")
+    noise = None if seed is None else seeded(seed, "draws")
+    return log_weights(model, images, k, noise).logsumexp(1) - math.log(k)
+
+
+def judge(model, test):
+    """Held-out means over ``test_images`` pictures: nats per picture; wrong_pixels, a share, is of
+    pixels rebuilt on the wrong side of one half. Seeds are fixed: all models see the same tosses."""
+    config, parts, noise = model.config, [], seeded("draws")
+    x = binarise(test[:config.test_images], seeded("test")).to(model.prior_mean.device)
+    for some in tqdm(x.split(20), desc="judging", leave=False):
+        with evaluating(model):
+            mean, logvar = model.encode(some)
+            logits = model.decode(mean)
+        part = {"test_wrong_pixels": ((logits > 0) != (some > 0)).float().mean((1, 2, 3))}
+        if config.kind == "ae":
+            part["test_reconstruction"] = log_bernoulli(logits, some)
+        else:
+            log_w, kl = log_weights(model, some, config.draws, noise), kl_divergence(mean, logvar)
+            part |= {"test_reconstruction": log_w.mean(1) + kl, "test_kl": kl,
+                     "test_elbo": log_w.mean(1),
+                     "test_bound": log_w.logsumexp(1) - math.log(config.draws)}
+        parts.append(part)
+    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+
+
+# ==== 7. Looking ==================================================================================
+
+
+def draw_samples(run, model):
+    """samples.png and, when a code is two numbers, map.png: all of latent space."""
+    run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
+    if model.config.latent_dim == 2:
+        # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
+        # even grid on the unit square to points that lie as densely as N(0, I).
+        steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
+        eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)     # (400, 2)
+        with evaluating(model):
+            run.write("map.png", png(grid(model.decode(model.place(eps)).sigmoid(), 20)))
+
+
+def draw_reconstructions(run, model, test):
+    """reconstructions.png: four rows of originals, below each its rebuilds."""
+    test = test[torch.arange(40) % len(test)]
+    with evaluating(model):
+        x = binarise(test, seeded("test")).to(model.prior_mean.device)
+        rebuilt = model.decode(model.encode(x)[0]).sigmoid().cpu()
+    pairs = torch.stack([(test / 255).unflatten(0, (4, 10)), rebuilt.unflatten(0, (4, 10))], 1)
+    run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
+
+
+def draw_walk(run, model, test, rows=4, columns=10, stops=4, frames=24):
+    """walk.png: 40 walkers stroll through latent space, past four test pictures each and home again.
+
+    The still image, for viewers without animation, shows the first four walks, a row each.
+    """
+    walkers, film = rows * columns, []
+    test = test[torch.arange(stops * walkers) % len(test)]
+    with evaluating(model):
+        x = binarise(test, seeded("test")).to(model.prior_mean.device)
+        codes = model.encode(x)[0].unflatten(0, (stops, walkers))             # (stops, walkers, L)
+        for frame in range(frames):
+            leg, way = divmod(frame * stops, frames)
+            way = (1 - math.cos(math.pi * way / frames)) / 2                  # slow near a picture
+            here, there = codes[leg], codes[(leg + 1) % stops]
+            film.append(model.decode(here.lerp(there, way)).sigmoid().cpu())  # (walkers, 1, H, W)
+    still = [f[:rows] for f in film[::frames // columns][:columns]]
+    still = torch.stack(still, 1).flatten(0, 1)                               # row by row
+    run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
+
+
+def main(argv=None):
+    """The command line -> exit status: 0, 1 diverged, 2 the user's mistake, 130 or 143 stopped."""
+    return launch(argv, train)
+
+
+# ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
+
+
+# ---- block: runs (the same in every file) ----
+# Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
+import argparse, ctypes, functools, io, os, signal, threading, time, urllib.request, zlib
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the user can mend: on the command line one line on stderr and exit status 2."""
+
+
+def fail(message):
+    raise UserError(message)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config):
+    """Refuse a value out of range or of the wrong type, and give ``out`` its default."""
+    special = [NAME]
+    for f in fields(config):
+        value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if fits and within:
+            fits = value in within if kind is str else within[0] <= value <= within[1]
+        if not fits:
+            wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
+            fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name in ("kind", "generator", "data") and value != f.default:
+            special.append(Path(value).resolve().stem)
+    config.out = config.out or str(Path("out", "-".join(special)))
+
+
+def command_line(argv):
+    """Config from the flags that are given, then the checkpoint in ``--out``, then the defaults."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", None, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    for f in fields(Config):
+        how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        about = f.metadata["about"] + (f" (default: {f.default})" if f.default else "")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    path = Path(config.out, "checkpoint.pt")
+    if path.exists() and not config.restart:
+        config = Config(**(read_checkpoint(path)["config"] | given | {"out": config.out}))
+    return config
+
+
+def launch(argv, job):
+    """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number, "stopped; the same command goes on from the checkpoint")
+
+    try:
+        with on_signals(stop):
+            job(command_line(argv))
+        return 0
+    except KeyboardInterrupt as error:
+        number, words = error.args or (signal.SIGINT, "stopped")
+        status = 128 + number
+    except (UserError, OSError, FloatingPointError) as error:
+        status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
+    print(f"{NAME}.py:", *words.split(), file=sys.stderr)
+    return status
+
+
+@contextmanager
+def on_signals(handler):
+    """Inside, Ctrl-C and SIGTERM call ``handler``. Only the main thread may say so."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before):
+            signal.signal(number, old)
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, no gradients and eval mode; afterwards the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n in there if there[n]) if name == "auto" else name
+    return torch.device(name) if there[name] else fail(f"--device {name}: torch finds none here")
+
+
+def seed_of(*what):
+    """(seed, step), say -> 32 well-mixed bits, all that torch's generator on a CPU takes."""
+    return zlib.crc32(repr(what).encode())
+
+
+def seeded(*what):
+    return torch.Generator().manual_seed(seed_of(*what))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
+
+
+def to_bytes(tensor):
+    tensor = tensor.cpu().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def write_file(path, content):
+    """Write a file whole or not at all: beside it, flushed, then renamed over it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def download(urls, path, problem):
+    """Fetch ``path`` from the first url whose bytes are right: problem(bytes) is what is wrong."""
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                size = int(reply.headers.get("Content-Length") or 0) or None
+                with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
+                    content = b"".join(iter(lambda: body.read(1 << 16), b""))
+            trouble = problem(content)
+        except Exception as error:  # a network fails in many ways
+            trouble = error
+        if not trouble:
+            return write_file(path, content)
+    fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
+
+
+def read_checkpoint(path):
+    """What Run.save wrote, on the CPU. UserError where ``path`` is anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = state["script"] == NAME and Config(**state["config"])
+    except FileNotFoundError:
+        fail(f"there is no checkpoint {path}")
+    except Exception:  # torch.load raises a dozen kinds of error on junk
+        ours = False
+    return state if ours else fail(f"{path} is not a checkpoint of this {NAME}.py: choose another "
+                                   "--out, or give --restart to throw it away")
+
+
+class Run:
+    """A training run, restored if ``config.out`` holds its checkpoint. ``saved`` names what goes into
+    it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
+    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+
+    def __init__(self, config, **saved):
+        self.config, self.saved, self.written = config, saved, {}
+        self.path = Path(config.out, "checkpoint.pt")
+        self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
+        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        if self.path.exists() and not config.restart:
+            state, now = read_checkpoint(self.path), asdict(config)
+            vars(self).update({name: state[name] for name in self.kept})
+            self.judged = self.judged and all(state["config"][n] == now[n] for n in JUDGING)
+            for name in FIXED:
+                if state["config"][name] != now[name] and not (name == "seed" and self.finished):
+                    self.refuse(f"began with {flag(name)} {state['config'][name]}")
+            try:
+                for name, thing in saved.items():
+                    thing.load_state_dict(state[name])
+            except (KeyError, RuntimeError, ValueError):
+                self.refuse("does not fit this version of the script")
+
+    def refuse(self, why):
+        fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
+
+    @property
+    def finished(self):
+        """Trained and judged: only sampling is left."""
+        return self.judged and self.step >= self.config.steps
+
+    def same_data(self, *tensors):
+        """UserError if these are not the data with which the run began."""
+        crc = functools.reduce(lambda crc, tensor: zlib.crc32(to_bytes(tensor), crc), tensors, 0)
+        if self.data not in (None, crc):
+            self.refuse("began with other data")
+        self.data = crc
+
+    def batch_rows(self, count):
+        """Which of ``count`` rows make the batch: every epoch walks its own permutation of them."""
+        size = self.config.batch_size
+        first, last = self.step * size // count, ((self.step + 1) * size - 1) // count
+        order = [epoch_order(count, self.config.seed, epoch) for epoch in range(first, last + 1)]
+        return torch.cat(order)[self.step * size - first * count:][:size]
+
+    def steps(self):
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone, so a run that
+        was killed ends like one that was not. Saves every 30 s, when stopped, and at the end."""
+        total, stopped_by = self.config.steps, []
+
+        def stop(number, frame):
+            if stopped_by:
+                raise KeyboardInterrupt(number, "aborted")
+            stopped_by.append(number)
+
+        if self.step >= total:
+            return
+        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME) as bar:
+            self.judged = False
+            self.save()  # a folder that cannot be written is better known before the work
+            clock = last_save = time.perf_counter()
+            while self.step < total:
+                torch.manual_seed(seed_of(self.config.seed, self.step))
+                yield self.step
+                self.step += 1
+                bar.update()
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                if self.step % 20 == 0 or self.step == total:
+                    means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+                    self.rows.append({"step": self.step, "seconds": self.seconds} | means)
+                    self.sums = {}
+                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+                if stopped_by or self.step == total or now > last_save + 30:
+                    self.save()
+                    last_save = time.perf_counter()
+                if stopped_by:
+                    words = f"stopped after step {self.step} of {total}; the same command goes on"
+                    raise KeyboardInterrupt(stopped_by[0], words)
+
+    def due(self, times):
+        """True at ``times`` evenly spaced steps, the last one among them."""
+        return (self.step + 1) * times // self.config.steps > self.step * times // self.config.steps
+
+    def log(self, **figures):
+        """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
+        FloatingPointError stops the run when a figure is not finite."""
+        for name, value in figures.items():
+            self.sums.setdefault(name, []).append(float(value))
+            if self.sums[name][-1] - self.sums[name][-1] != 0:
+                raise FloatingPointError(f"{name} is {float(value)} at step {self.step}: try a lower "
+                                         f"--learning-rate; {self.path} keeps the last good state")
+
+    def save(self):
+        """checkpoint.pt, and metrics.csv as of the same step."""
+        state = {name: getattr(self, name) for name in self.kept}
+        state |= {"script": NAME, "config": asdict(self.config) | {"restart": False}}
+        state |= {name: thing.state_dict() for name, thing in self.saved.items()}
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        write_file(self.path, memory.getbuffer())
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        rows = [[f"{row[name]:.7g}" if name in row else "" for name in names] for row in self.rows]
+        self.write("metrics.csv", "".join(",".join(row) + "\n" for row in [names, *rows]).encode())
+
+    def finish(self, figures):
+        """The held-out figures go into the last row: the run is trained and judged."""
+        self.rows[-1].update(figures)
+        self.judged = True
+        self.save()
+
+    def write(self, name, content):
+        write_file(self.path.with_name(name), content)
+        self.written[name] = str(self.path.with_name(name))
+
+    def report(self):
+        held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
+        print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
+              ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
+        print("wrote", ", ".join(self.written.values()))
+# ---- end block ----
+
+
+# ---- block: pictures (the same in every file) ----
+# PNG and animated PNG, written with zlib alone.
+import struct
+
+
+def grid(images, columns, scale=2):
+    """Pictures (N, C, H, W) in [0, 1] -> one sheet, bytes (height, width, C); any N fits."""
+    columns = min(columns, len(images))
+    images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
+    images = F.pad(images, (0, 1, 0, 1), value=64)                            # a thin grey line
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
+    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)         # (rows, H, columns, W, C)
+    sheet = sheet.flatten(2, 3).flatten(0, 1)
+    return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
+def png(still, frames=(), milliseconds=100):
+    """Bytes (H, W, 1 or 3) -> a PNG file. With frames of the same size it is an animation (APNG, in
+    PNG's third edition, W3C 2025), and ``still`` is what a viewer without animation shows."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    def pack(picture):  # a row is stored as its difference to the row above (filter 2)
+        rows = picture.flatten(1)
+        rows = torch.cat([rows[:1], rows[1:] - rows[:-1]])  # bytes, hence modulo 256
+        return zlib.compress(to_bytes(F.pad(rows, (1, 0), value=2)), 9)
+
+    height, width, channels = still.shape
+    header = struct.pack(">2I5B", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
+    if frames:
+        parts.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
+    parts.append(chunk(b"IDAT", pack(still)))
+    for i, frame in enumerate(frames):  # a control chunk and the pixels, numbered through
+        control = struct.pack(">5I2H2B", 2 * i, width, height, 0, 0, milliseconds, 1000, 0, 0)
+        parts += [chunk(b"fcTL", control), chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame))]
+    return b"".join(parts) + chunk(b"IEND", b"")
+# ---- end block ----
+
+
+# ---- block: images (the same in every file) ----
+# Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
+import gzip, hashlib
+from typing import NamedTuple
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
+           "bag", "ankle boot"]
+IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+PUBLISHED = {  # two mirrors, and for each file a sha256 of the content or, if short, an md5 of the .gz
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/",
+              ["ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+               "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+               "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+               "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"]),
+    "fashion": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                 "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"])}
+HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 9), / lifts the pen
+    ["61 40 22 15 18 39 69 86 83 71 50", "50 23 16 29 59 77 74 62 41"],
+    ["51 54 59", "23 41 50 54 59", "23 50 54 59/29 59 89"],
+    ["13 20 50 72 74 46 19 19 59 89", "12 30 60 73 56 28 17 27 58 88"],
+    ["12 30 60 72 63 44 44 74 77 58 29 17", "11 41 71 71 44 44 65 77 59 28"],
+    ["30 23 15 15 55 85/71 65 59", "70 43 15 15 55 85/60 65 69", "21 14 26 56 75/81 74 67 59"],
+    ["21 20 14 14 43 74 77 59 28 17/21 51 81", "81 51 31 24 24 54 76 68 39 18"],
+    ["70 40 22 15 18 39 69 77 65 45 26", "60 33 16 28 59 77 65 35 17"],
+    ["12 11 41 81 81 64 46 39", "11 51 81 81 54 48 49/35 55 75", "12 10 40 80 80 63 49"],
+    ["72 60 30 12 23 55 77 69 39 17 26 53 72", "50 23 24 45 66 77 59 29 17 35 64 73 61 50"],
+    ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
+
+
+class Images(NamedTuple):
+    """Pictures are bytes (N, 1, 28, 28); labels (N,) say which of ``names`` each one shows."""
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    names: list
+
+
+def draw_digits(count, seed):
+    """Handwriting: bytes (count, 1, 28, 28), and labels digit + 10 * bold + 20 * slanted, (count,).
+
+    A stroke is a smooth curve through jittered points, its ink a sum of Gaussian blobs along it. A
+    blob is separable, so the sum is a matrix product: (28, places) @ (places, 28). Clamping makes
+    it a stroke with soft edges.
+    """
+    g = seeded("digits", seed)
+    digit, bold, slanted = (torch.randint(n, (count,), generator=g) for n in (10, 2, 2))
+    jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
+    shift = 0.7 * torch.randn(count, 1, 2, generator=g)
+    u = torch.rand(7, count, generator=g)
+    size, turn, pressure, aspect, hand = 16.5 + 4 * u[0], u[1] / 5 - 0.1, u[2] - 0.5, 0.6 + 0.4 * u[3], u[4]
+    lean = torch.where(slanted == 1, 0.32 + 0.28 * u[5], 0.16 * u[5] - 0.06)
+    radius = torch.where(bold == 1, 1.05 + 0.35 * u[6], 0.58 + 0.22 * u[6])
+    cos, sin = turn.cos(), turn.sin()  # pose: where a step to the right goes, and a step down
+    pose = torch.stack([aspect * cos, aspect * sin, -sin - lean * cos, cos - lean * sin], 1)
+    pose = (pose * size[:, None] / 9).view(-1, 2, 2)
+    pictures = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
+    for d, h in [(d, h) for d in range(10) for h in range(len(HANDS[d]))]:
+        strokes = [[[int(x), int(y)] for x, y in s.split()] for s in HANDS[d][h].split("/")]
+        curves = [F.interpolate(torch.eye(len(s))[None, None], (max(24, 8 * len(s)), len(s)),
+                                mode="bicubic", align_corners=True)[0, 0] for s in strokes]
+        curve = torch.block_diag(*curves)                                      # (places, points)
+        pace = torch.block_diag(*(torch.gradient(c, dim=0)[0] for c in curves))
+        points = torch.tensor([point for s in strokes for point in s]).float()      # (points, 2)
+        chosen = (digit == d) & ((hand * len(HANDS[d])).int() == h)
+        for rows in chosen.nonzero()[:, 0].split(2000):
+            posed = (points + jitter[rows, :len(points)]) @ pose[rows]            # (n, points, 2)
+            at, pen = curve @ posed, (pace @ posed).norm(dim=2)           # (n, places, 2), (n, places)
+            at = at - (at.amin(1, True) + at.amax(1, True)) / 2 + 13.5 + shift[rows]
+            r = radius[rows, None] * (1 + pressure[rows, None] * torch.linspace(-0.5, 0.5, len(curve)))
+            blob = (-0.5 * ((torch.arange(28) - at[..., None]) / r[..., None, None])**2).exp()
+            ink = (blob[:, :, 1] * (pen / r)[..., None] / math.tau**0.5).mT @ blob[:, :, 0]
+            pictures[rows, 0] = ((ink - 0.2) * 510).clamp(0, 255).byte()
+    return pictures, digit + 10 * bold + 20 * slanted
+
+
+def read_idx(path, digest=""):
+    """An IDX file of bytes, plain or .gz -> tensor. UserError where it is damaged or another."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            head = file.read(4)
+            sizes = file.read(4 * head[3])
+            shape = struct.unpack(f">{head[3]}I", sizes)
+            if head[:3] != b"\0\0\x08" or not 0 < math.prod(shape) < 2**31:
+                raise ValueError("it holds no bytes, or too many")
+            body = file.read(math.prod(shape) + 1)
+        if len(body) != math.prod(shape):
+            raise ValueError("it is cut short or too long")
+        if len(digest) == 64 and hashlib.sha256(head + sizes + body).hexdigest() != digest:
+            raise ValueError("it is not the published one: delete it, and it is fetched again")
+    except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
+        fail(f"{path} is not a good IDX file: {error}")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+
+
+def load_images(name, data_dir):
+    """``digits``, ``mnist``, ``fashion`` or a folder with the four IDX files -> Images."""
+    if name == "digits":
+        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
+        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
+        return Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+    *mirrors, digests = PUBLISHED.get(name, [[""] * 4])
+    folder = Path(data_dir, name) if mirrors else Path(name)
+    if not mirrors and not folder.is_dir():
+        fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
+    tensors = []
+    for file, digest in zip(IDX_FILES, digests):
+        def problem(content, digest=digest):
+            found = hashlib.md5(content) if len(digest) == 32 else hashlib.sha256(gzip.decompress(content))
+            return "" if found.hexdigest() == digest else "wrong checksum"
+
+        path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
+        if mirrors and not path.exists():
+            download([mirror + path.name for mirror in mirrors], path, problem)
+        tensors.append(read_idx(path, digest))
+    x, y, x_test, y_test = tensors
+    if not (x.shape == (len(y), 28, 28) and x_test.shape == (len(y_test), 28, 28)):
+        fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
+    if max(y.max(), y_test.max()) > 9:
+        fail(f"{folder}: a label is above 9")
+    names = FASHION if name == "fashion" else DIGITS
+    return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
+# ---- end block ----
+
+
+if __name__ == "__main__":
+    sys.exit(main())
