@@ -3,28 +3,28 @@
 # dependencies = ["torch>=2.6", "tqdm>=4.60"]
 # ///
 # SPDX-License-Identifier: MIT
-"""The autoencoder and the variational autoencoder: squeeze a picture, rebuild it, dream up new ones.
+"""The autoencoder and the variational autoencoder: squeeze a picture, rebuild it, dream up others.
 
-          encoder q(z|x)               the code z                   decoder p(x|z)
+          encoder q(z|x)               the code z                  decoder p(x|z)
     x -> 28x28 -> 14x14 -> 7x7 -> a few dozen numbers -> 7x7 -> 14x14 -> 28x28 -> x rebuilt
                                   ae:  z = mean
                                   vae: z = mean + sigma * eps,  eps ~ N(0, I)
 
-An autoencoder passes a picture through a narrow code and rebuilds it on the other side. It remembers
-well but cannot invent: between the codes that it uses lies a no man's land, and a code picked there
+An autoencoder passes a picture through a narrow code and rebuilds it on the other side. It recalls
+well but cannot invent: between the codes that it uses lies no man's land, and a code picked there
 decodes to a scrawl. The variational autoencoder blurs every code a little (the eps) and pays for
 every code that strays from N(0, I). So codes overlap and fill the space: whatever is drawn from
 N(0, I) decodes to a picture, and a walk from code to code passes pictures all the way.
 
-    python vae.py                                 the VAE, on digits that this script draws itself
-    python vae.py --kind ae                       the plain autoencoder, to lay beside it
-    python vae.py --latent-dim 2                  a code of two numbers: latent space as a map
-    python vae.py --data mnist --steps 20000      MNIST, downloaded once
-    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256      the same on a GPU
+    python vae.py                                the VAE, on digits that this script draws itself
+    python vae.py --kind ae                      the plain autoencoder, to lay beside it
+    python vae.py --latent-dim 2                 a code of two numbers: latent space as a map
+    python vae.py --data mnist --steps 20000     MNIST, downloaded once
+    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256     the same on a GPU
 
-Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (of two
-numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped; when all is
-done it draws new samples (--seed 1 for others). EXPECT
+Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
+of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped; when
+all is done it draws new samples (--seed 1 for others). EXPECT
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
@@ -56,7 +56,7 @@ class Config:
     kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
     beta: float = knob(1.0, "weight of the KL term: more is smoother, less sharper", 0, 1e4)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
-    width: int = knob(16, "channels at 14x14; more is better and slower", 1, 512)
+    width: int = knob(16, "channels at 14x14, 3 times as many at 7x7", 1, 512)
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
     learning_rate: float = knob(4e-3, "its peak; less where training diverges", 0, 1)
@@ -80,31 +80,31 @@ JUDGING = ("draws", "test_images")  # when these change, a trained model is judg
 
 
 # ==== 1. The pictures =============================================================================
-# load_images (block `images`, below) holds them all in memory, as bytes. In comments B is the batch,
-# C, H, W are channels, height and width of a picture, here 1, 28, 28, and L is latent_dim.
+# load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
+# the channels, height and width of a picture, here 1, 28, 28; L is latent_dim.
 
 
 def binarise(pictures, generator=None):
     """Bytes (B, 1, H, W) -> floats 0 or 1: a pixel is ink with the probability of its grey.
 
-    It is drawn afresh each time a picture is seen, so the data never quite repeat. And a pixel is now
-    the toss of a coin, so that "the probability of this picture" means something: likelihoods on
-    MNIST are those of such pictures (Burda et al. 2015, section 5).
+    It is drawn afresh each time a picture is seen, so the data never quite repeat. A pixel is now
+    the toss of a coin, and "the probability of this picture" means something: likelihoods on MNIST
+    are those of such pictures (Burda et al. 2015, section 5).
     """
     return torch.bernoulli(pictures.float() / 255, generator=generator)
 
 
 # ==== 2. Two networks, into the bottleneck and out of it ==========================================
-# To halve the resolution, 2x2 pixels of C channels are folded into one pixel of 4C (space to depth);
-# to double it, unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). Nothing is lost, and no
+# To halve the resolution, 2x2 pixels of C channels are folded into one of 4C (space to depth); to
+# double it, unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). Nothing is lost, and no
 # convolution runs at 28x28, where it would cost four times what it costs at 14x14.
 
 
 class Residual(nn.Module):
-    """x + f(x), f two 3x3 convolutions (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> the same.
+    """x + f(x), f two 3x3 convolutions (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> same.
 
-    The second one starts at a tenth of its usual size, so that the block begins as almost nothing:
-    then a stack of blocks trains without normalisation.
+    The second one starts at a tenth of its usual size: the block begins as almost nothing, and a
+    stack of blocks trains without normalisation.
     """
 
     def __init__(self, channels):
@@ -127,10 +127,10 @@ class Encoder(nn.Sequential):
             nn.Conv2d(4, width, kernel_size=3, padding=1),           # (B, width, 14, 14)
             Residual(width),
             nn.PixelUnshuffle(2),                                    # (B, 4 width, 7, 7)
-            nn.Conv2d(4 * width, 64, kernel_size=1),                 # (B, 64, 7, 7)
-            Residual(64), nn.SiLU(),
-            nn.Flatten(),                                            # (B, 3136)
-            nn.Linear(3136, 256), nn.SiLU(),
+            nn.Conv2d(4 * width, 3 * width, kernel_size=1),          # (B, 3 width, 7, 7)
+            Residual(3 * width), nn.SiLU(),
+            nn.Flatten(),                                            # (B, 147 width)
+            nn.Linear(147 * width, 256), nn.SiLU(),
             nn.Linear(256, 2 * latent_dim))                          # (B, 2 L)
 
 
@@ -140,10 +140,10 @@ class Decoder(nn.Sequential):
     def __init__(self, latent_dim, width):
         super().__init__(
             nn.Linear(latent_dim, 256), nn.SiLU(),
-            nn.Linear(256, 3136),
-            nn.Unflatten(1, (64, 7, 7)),                             # (B, 64, 7, 7)
-            Residual(64), Residual(64),
-            nn.Conv2d(64, 4 * width, kernel_size=1),                 # (B, 4 width, 7, 7)
+            nn.Linear(256, 147 * width),                             # (B, 147 width)
+            nn.Unflatten(1, (3 * width, 7, 7)),                      # (B, 3 width, 7, 7)
+            Residual(3 * width), Residual(3 * width),
+            nn.Conv2d(3 * width, 4 * width, kernel_size=1),          # (B, 4 width, 7, 7)
             nn.PixelShuffle(2),                                      # (B, width, 14, 14)
             Residual(width), nn.SiLU(),
             nn.Conv2d(width, 4, kernel_size=3, padding=1),           # (B, 4, 14, 14)
@@ -151,7 +151,7 @@ class Decoder(nn.Sequential):
 
 
 class VAE(nn.Module):
-    """An encoder, a decoder, and where to look for codes. The autoencoder has the same networks."""
+    """Encoder, decoder, and where to look for codes. The autoencoder has the same networks."""
 
     def __init__(self, config):
         super().__init__()
@@ -164,7 +164,7 @@ class VAE(nn.Module):
         self.register_buffer("prior_factor", torch.eye(config.latent_dim))
 
     def encode(self, x):
-        """Pictures (B, 1, H, W) of 0 and 1 -> mean, logvar, (B, L) each; for ae, mean is the code."""
+        """Pictures (B, 1, H, W) of 0 and 1 -> mean, logvar, (B, L) each; ae: mean is the code."""
         return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z):
@@ -177,27 +177,27 @@ class VAE(nn.Module):
 
 
 # ==== 3. The objective ============================================================================
-# The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for each
-# pixel. The story is good if it makes real pictures probable, that is if log p(x) is large, where
-# p(x) = integral of p(x|z) p(z) dz. Estimating that with codes drawn at random is hopeless, since
-# hardly any code fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes the
-# codes worth trying. With Jensen's inequality (the log of a mean is at least the mean of the logs)
+# The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for
+# each pixel. The story is good if it makes real pictures probable, that is if log p(x) is large,
+# where p(x) = integral of p(x|z) p(z) dz. Estimating that with codes drawn at random is hopeless:
+# hardly any code fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes codes
+# worth trying. With Jensen's inequality (the log of a mean is at least the mean of the logs)
 #
 #   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
 #            =   reconstruction  -  KL( q(z|x) || p(z) )        the evidence lower bound, or ELBO
 #
 # (Kingma and Welling 2013, equation 3). What is lost is KL(q(z|x) || p(z|x)): a perfect guide loses
-# nothing. The KL has a closed form; for the reconstruction one draw of z is enough. The gradient must
-# reach the encoder through that draw, hence z = mean + sigma * eps: chance comes from outside, and z
-# is a differentiable function of mean and sigma. That is the reparametrisation trick.
+# nothing. The KL has a closed form; for the reconstruction one draw of z is enough. The gradient
+# must reach the encoder through that draw, hence z = mean + sigma * eps: chance comes from outside,
+# and z is a differentiable function of mean and sigma. That is the reparametrisation trick.
 
 
 def log_bernoulli(logits, x):
     """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats.
 
-    Tosses are independent given z, so their log probabilities ADD UP over the pixels. To average them
-    is the commonest mistake in such code: it divides this term by 784 but not the KL, just as
+    Given z the tosses are independent, so their log probabilities ADD UP over the pixels. Averaging
+    them is the commonest mistake in such code: it divides this term, but not the KL, by 784, as
     --beta 784 would. Then it pays to ignore the code, and every sample is the same grey blur.
     """
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
@@ -211,7 +211,7 @@ def kl_divergence(mean, logvar):
 def elbo(model, x):
     """Pictures (B, 1, H, W) of 0 and 1 -> reconstruction (B,) and KL (B,), nats per picture.
 
-    The autoencoder's code is the mean itself, without noise and free of charge: nothing else differs.
+    The autoencoder's code is the mean itself, without noise and free of charge: all that differs.
     """
     mean, logvar = model.encode(x)
     if model.config.kind == "ae":
@@ -255,10 +255,11 @@ def train(config):
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=100)
             run.log(loss=loss, kl=kl.mean(), grad_norm=grad_norm)  # raises if one is not finite
             # Update.
-            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
+            share = schedule((step + 0.5) / config.steps)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
             if run.due(10):  # ten times, the last step included
-                fit_gaussian(model, pictures)
+                fit_gaussian(model, data.train[:10000])
                 draw_samples(run, model)
                 draw_reconstructions(run, model, data.test)
         run.finish(judge(model, data.test))
@@ -268,29 +269,34 @@ def train(config):
     return model.eval()
 
 
-@torch.no_grad()
+def mean_codes(model, pictures):
+    """Bytes (N, 1, H, W) -> the means of their codes, (N, L)."""
+    x, device = binarise(pictures.cpu(), seeded("codes")), model.prior_mean.device
+    with evaluating(model):
+        return torch.cat([model.encode(some.to(device))[0] for some in x.split(500)])
+
+
 def fit_gaussian(model, pictures):
-    """For the autoencoder: the mean and covariance of the codes of 10,000 training pictures.
+    """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, 1, H, W).
 
     The VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
     likes, on a thin and winding sheet; a Gaussian around that is mostly empty, and samples show it.
     """
     if model.config.kind == "ae":
-        codes = [model.encode(binarise(x))[0] for x in pictures[:10000].split(500)]
-        codes = torch.cat(codes).cpu()                                                   # (N, L)
+        codes = mean_codes(model, pictures).cpu()
+        ridge = 1e-4 * torch.eye(codes.shape[1])  # in case a number of the code is never used
+        covariance = codes.T.cov().view_as(ridge) + ridge                      # (L, L)
         model.prior_mean.copy_(codes.mean(0))
-        covariance = torch.cov(codes.T, correction=0).view(2 * codes.shape[1:])          # (L, L)
-        ridge = 1e-4 * torch.eye(len(covariance))  # in case a number of the code is never used
-        model.prior_factor.copy_(torch.linalg.cholesky(covariance + ridge))
+        model.prior_factor.copy_(torch.linalg.cholesky(covariance))
 
 
 # ==== 5. Sampling =================================================================================
 
 
 def sample(model, n, seed=None):
-    """Draw n new pictures, floats (n, 1, H, W) in [0, 1]: codes from N(0, I) or the Gaussian, decoded.
+    """n new pictures, floats (n, 1, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
 
-    Shown are the probabilities of ink; tossing the coins would only add grain. The same seed gives
+    They are the probabilities of ink; tossing the coins would only add grain. The same seed gives
     the same pictures; None draws from torch's global generator.
     """
     noise = None if seed is None else seeded(seed, "sample")
@@ -300,7 +306,7 @@ def sample(model, n, seed=None):
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode. UserError where ``path`` holds none of this script."""
+    """The model of a checkpoint, in eval mode. UserError if ``path`` is none of vae.py's."""
     state = read_checkpoint(path)
     model = VAE(Config(**state["config"]))
     model.load_state_dict(state["model"])
@@ -308,8 +314,8 @@ def load(path, device="cpu"):
 
 
 # ==== 6. Judging, on pictures that it never saw ===================================================
-# The ELBO lies below log p(x), how far depends on the guide. k draws instead of one, each weighted by
-# how well it explains x, come closer (Burda et al. 2015, equation 8):
+# The ELBO lies below log p(x); how far depends on the guide. k draws instead of one, each weighted
+# by how well it explains x, come closer (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
@@ -320,16 +326,17 @@ def log_weights(model, x, k, generator=None):
     """Pictures (B, 1, H, W) of 0 and 1 -> log w_1 ... log w_k for each of them, (B, k), nats."""
     rows = []
     with evaluating(model):
-        for picture, mean, logvar in zip(x, *model.encode(x)):
+        for picture, mean, logvar in zip(x, *model.encode(x), strict=True):
             eps = torch.randn(k, len(mean), generator=generator).to(x.device)
-            z = mean + (0.5 * logvar).exp() * eps                                        # (k, L)
-            fit = torch.cat([log_bernoulli(model.decode(some), picture) for some in z.split(500)])
-            rows.append(fit + 0.5 * (eps**2 + logvar - z**2).sum(1))  # + log p(z) - log q(z|x)
+            z = mean + (0.5 * logvar).exp() * eps                              # (k, L)
+            fit = [log_bernoulli(model.decode(some), picture) for some in z.split(500)]
+            ratio = 0.5 * (eps**2 + logvar - z**2).sum(1)  # log p(z) - log q(z|x), (k,)
+            rows.append(torch.cat(fit) + ratio)
     return torch.stack(rows)
 
 
 def log_likelihood(model, images, k, seed=None):
-    """L_k, a lower bound on log p(x): pictures (B, 1, H, W) of 0 and 1 -> (B,), nats per picture."""
+    """L_k, a lower bound on log p(x): pictures (B, 1, H, W) of 0 and 1 -> (B,), nats a picture."""
     if model.config.kind == "ae":
         raise UserError("an autoencoder has no likelihood: it does not say how probable a code is")
     noise = None if seed is None else seeded(seed, "draws")
@@ -337,22 +344,19 @@ def log_likelihood(model, images, k, seed=None):
 
 
 def judge(model, test):
-    """Held-out means over ``test_images`` pictures: nats per picture; wrong_pixels, a share, is of
-    pixels rebuilt on the wrong side of one half. Seeds are fixed: all models see the same tosses."""
-    config, parts, noise = model.config, [], seeded("draws")
+    """Means over the first ``test_images`` pictures, nats per picture; for the VAE also of k draws
+    each. The seeds are fixed: all models are judged on the same tosses."""
+    config, noise, parts = model.config, seeded("draws"), []
     x = binarise(test[:config.test_images], seeded("test")).to(model.prior_mean.device)
     for some in tqdm(x.split(20), desc="judging", leave=False):
         with evaluating(model):
-            mean, logvar = model.encode(some)
-            logits = model.decode(mean)
-        part = {"test_wrong_pixels": ((logits > 0) != (some > 0)).float().mean((1, 2, 3))}
-        if config.kind == "ae":
-            part["test_reconstruction"] = log_bernoulli(logits, some)
-        else:
-            log_w, kl = log_weights(model, some, config.draws, noise), kl_divergence(mean, logvar)
-            part |= {"test_reconstruction": log_w.mean(1) + kl, "test_kl": kl,
-                     "test_elbo": log_w.mean(1),
-                     "test_bound": log_w.logsumexp(1) - math.log(config.draws)}
+            reconstruction, kl = elbo(model, some)
+        part = {"test_reconstruction": reconstruction}
+        if config.kind == "vae":
+            log_w = log_weights(model, some, config.draws, noise)
+            part = {"test_reconstruction": log_w.mean(1) + kl, "test_kl": kl,
+                    "test_elbo": log_w.mean(1),
+                    "test_bound": log_w.logsumexp(1) - math.log(config.draws)}
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
 
@@ -367,7 +371,7 @@ def draw_samples(run, model):
         # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
         # even grid on the unit square to points that lie as densely as N(0, I).
         steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
-        eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)     # (400, 2)
+        eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)  # (400, 2)
         with evaluating(model):
             run.write("map.png", png(grid(model.decode(model.place(eps)).sigmoid(), 20)))
 
@@ -376,29 +380,25 @@ def draw_reconstructions(run, model, test):
     """reconstructions.png: four rows of originals, below each its rebuilds."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
-        x = binarise(test, seeded("test")).to(model.prior_mean.device)
-        rebuilt = model.decode(model.encode(x)[0]).sigmoid().cpu()
+        rebuilt = model.decode(mean_codes(model, test)).sigmoid().cpu()
     pairs = torch.stack([(test / 255).unflatten(0, (4, 10)), rebuilt.unflatten(0, (4, 10))], 1)
     run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
 
 
 def draw_walk(run, model, test, rows=4, columns=10, stops=4, frames=24):
-    """walk.png: 40 walkers stroll through latent space, past four test pictures each and home again.
+    """walk.png: 40 walkers stroll through latent space, past four test pictures and home.
 
-    The still image, for viewers without animation, shows the first four walks, a row each.
+    The still image, for viewers without animation, has the first four walks, a row each.
     """
-    walkers, film = rows * columns, []
-    test = test[torch.arange(stops * walkers) % len(test)]
+    codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
+    codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
     with evaluating(model):
-        x = binarise(test, seeded("test")).to(model.prior_mean.device)
-        codes = model.encode(x)[0].unflatten(0, (stops, walkers))             # (stops, walkers, L)
         for frame in range(frames):
             leg, way = divmod(frame * stops, frames)
             way = (1 - math.cos(math.pi * way / frames)) / 2                  # slow near a picture
-            here, there = codes[leg], codes[(leg + 1) % stops]
-            film.append(model.decode(here.lerp(there, way)).sigmoid().cpu())  # (walkers, 1, H, W)
-    still = [f[:rows] for f in film[::frames // columns][:columns]]
-    still = torch.stack(still, 1).flatten(0, 1)                               # row by row
+            z = codes[leg].lerp(codes[(leg + 1) % stops], way)
+            film.append(model.decode(z).sigmoid().cpu())                      # (walkers, 1, H, W)
+    still = torch.stack([f[:rows] for f in film[::frames // columns][:columns]], 1).flatten(0, 1)
     run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
 
 
@@ -489,7 +489,7 @@ def on_signals(handler):
     try:
         yield
     finally:
-        for number, old in zip(numbers, before):
+        for number, old in zip(numbers, before, strict=True):
             signal.signal(number, old)
 
 
@@ -506,7 +506,8 @@ def evaluating(model):
 
 
 def pick_device(name):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
     name = next(n for n in there if there[n]) if name == "auto" else name
     return torch.device(name) if there[name] else fail(f"--device {name}: torch finds none here")
 
@@ -548,7 +549,7 @@ def write_file(path, content):
 
 
 def download(urls, path, problem):
-    """Fetch ``path`` from the first url whose bytes are right: problem(bytes) is what is wrong."""
+    """Fetch ``path`` from the first url whose bytes are right: problem(bytes) says what is not."""
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
@@ -577,7 +578,7 @@ def read_checkpoint(path):
 
 
 class Run:
-    """A training run, restored if ``config.out`` holds its checkpoint. ``saved`` names what goes into
+    """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
     kept = ("step", "seconds", "data", "judged", "rows", "sums")
 
@@ -587,17 +588,20 @@ class Run:
         self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
         self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
         if self.path.exists() and not config.restart:
-            state, now = read_checkpoint(self.path), asdict(config)
+            self.restore(read_checkpoint(self.path))
+
+    def restore(self, state):
+        begun, now = state["config"], asdict(self.config)
+        try:
             vars(self).update({name: state[name] for name in self.kept})
-            self.judged = self.judged and all(state["config"][n] == now[n] for n in JUDGING)
+            self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
             for name in FIXED:
-                if state["config"][name] != now[name] and not (name == "seed" and self.finished):
-                    self.refuse(f"began with {flag(name)} {state['config'][name]}")
-            try:
-                for name, thing in saved.items():
-                    thing.load_state_dict(state[name])
-            except (KeyError, RuntimeError, ValueError):
-                self.refuse("does not fit this version of the script")
+                if begun[name] != now[name] and not (name == "seed" and self.finished):
+                    self.refuse(f"began with {flag(name)} {begun[name]}")
+            for name, thing in self.saved.items():
+                thing.load_state_dict(state[name])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            self.refuse("does not fit this version of the script")
 
     def refuse(self, why):
         fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
@@ -664,10 +668,10 @@ class Run:
         """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
         FloatingPointError stops the run when a figure is not finite."""
         for name, value in figures.items():
-            self.sums.setdefault(name, []).append(float(value))
-            if self.sums[name][-1] - self.sums[name][-1] != 0:
-                raise FloatingPointError(f"{name} is {float(value)} at step {self.step}: try a lower "
+            if not value.isfinite():
+                raise FloatingPointError(f"{name} is {value} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
+            self.sums.setdefault(name, []).append(value.item())
 
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""
@@ -710,7 +714,7 @@ def grid(images, columns, scale=2):
     images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
     images = F.pad(images, (0, 1, 0, 1), value=64)                            # a thin grey line
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
-    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)         # (rows, H, columns, W, C)
+    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     sheet = sheet.flatten(2, 3).flatten(0, 1)
     return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
 
@@ -719,7 +723,8 @@ def png(still, frames=(), milliseconds=100):
     """Bytes (H, W, 1 or 3) -> a PNG file. With frames of the same size it is an animation (APNG, in
     PNG's third edition, W3C 2025), and ``still`` is what a viewer without animation shows."""
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        check = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
 
     def pack(picture):  # a row is stored as its difference to the row above (filter 2)
         rows = picture.flatten(1)
@@ -734,7 +739,8 @@ def png(still, frames=(), milliseconds=100):
     parts.append(chunk(b"IDAT", pack(still)))
     for i, frame in enumerate(frames):  # a control chunk and the pixels, numbered through
         control = struct.pack(">5I2H2B", 2 * i, width, height, 0, 0, milliseconds, 1000, 0, 0)
-        parts += [chunk(b"fcTL", control), chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame))]
+        parts.append(chunk(b"fcTL", control))
+        parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame)))
     return b"".join(parts) + chunk(b"IEND", b"")
 # ---- end block ----
 
@@ -749,14 +755,15 @@ FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal",
            "bag", "ankle boot"]
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-PUBLISHED = {  # two mirrors, and for each file a sha256 of the content or, if short, an md5 of the .gz
+PUBLISHED = {  # mirrors, and for each file a sha256 of its content or, if short, an md5 of the .gz
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/",
               ["ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"]),
-    "fashion": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "fashion": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/"
+                "data/fashion/",
                 "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                 ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
                  "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"])}
@@ -766,7 +773,7 @@ HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 
     ["13 20 50 72 74 46 19 19 59 89", "12 30 60 73 56 28 17 27 58 88"],
     ["12 30 60 72 63 44 44 74 77 58 29 17", "11 41 71 71 44 44 65 77 59 28"],
     ["30 23 15 15 55 85/71 65 59", "70 43 15 15 55 85/60 65 69", "21 14 26 56 75/81 74 67 59"],
-    ["21 20 14 14 43 74 77 59 28 17/21 51 81", "81 51 31 24 24 54 76 68 39 18"],
+    ["21 20 14 14 43 74 77 59 28/21 51 81", "81 51 31 24 24 54 76 68 39"],
     ["70 40 22 15 18 39 69 77 65 45 26", "60 33 16 28 59 77 65 35 17"],
     ["12 11 41 81 81 64 46 39", "11 51 81 81 54 48 49/35 55 75", "12 10 40 80 80 63 49"],
     ["72 60 30 12 23 55 77 69 39 17 26 53 72", "50 23 24 45 66 77 59 29 17 35 64 73 61 50"],
@@ -794,14 +801,15 @@ def draw_digits(count, seed):
     jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
     shift = 0.7 * torch.randn(count, 1, 2, generator=g)
     u = torch.rand(7, count, generator=g)
-    size, turn, pressure, aspect, hand = 16.5 + 4 * u[0], u[1] / 5 - 0.1, u[2] - 0.5, 0.6 + 0.4 * u[3], u[4]
+    size, aspect, turn = 16.5 + 4 * u[0], 0.65 + 0.35 * u[1], 0.2 * u[2] - 0.1
+    pressure, hand = u[3] - 0.5, u[4]
     lean = torch.where(slanted == 1, 0.32 + 0.28 * u[5], 0.16 * u[5] - 0.06)
-    radius = torch.where(bold == 1, 1.05 + 0.35 * u[6], 0.58 + 0.22 * u[6])
+    radius = torch.where(bold == 1, 1.05 + 0.3 * u[6], 0.58 + 0.22 * u[6])
     cos, sin = turn.cos(), turn.sin()  # pose: where a step to the right goes, and a step down
     pose = torch.stack([aspect * cos, aspect * sin, -sin - lean * cos, cos - lean * sin], 1)
     pose = (pose * size[:, None] / 9).view(-1, 2, 2)
     pictures = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
-    for d, h in [(d, h) for d in range(10) for h in range(len(HANDS[d]))]:
+    for d, h in [(d, h) for d, hands in enumerate(HANDS) for h in range(len(hands))]:
         strokes = [[[int(x), int(y)] for x, y in s.split()] for s in HANDS[d][h].split("/")]
         curves = [F.interpolate(torch.eye(len(s))[None, None], (max(24, 8 * len(s)), len(s)),
                                 mode="bicubic", align_corners=True)[0, 0] for s in strokes]
@@ -811,9 +819,10 @@ def draw_digits(count, seed):
         chosen = (digit == d) & ((hand * len(HANDS[d])).int() == h)
         for rows in chosen.nonzero()[:, 0].split(2000):
             posed = (points + jitter[rows, :len(points)]) @ pose[rows]            # (n, points, 2)
-            at, pen = curve @ posed, (pace @ posed).norm(dim=2)           # (n, places, 2), (n, places)
+            at, pen = curve @ posed, (pace @ posed).norm(dim=2)    # (n, places, 2), (n, places)
             at = at - (at.amin(1, True) + at.amax(1, True)) / 2 + 13.5 + shift[rows]
-            r = radius[rows, None] * (1 + pressure[rows, None] * torch.linspace(-0.5, 0.5, len(curve)))
+            r = 1 + pressure[rows, None] * torch.linspace(-0.5, 0.5, len(curve))
+            r = r * radius[rows, None]                                            # (n, places)
             blob = (-0.5 * ((torch.arange(28) - at[..., None]) / r[..., None, None])**2).exp()
             ink = (blob[:, :, 1] * (pen / r)[..., None] / math.tau**0.5).mT @ blob[:, :, 0]
             pictures[rows, 0] = ((ink - 0.2) * 510).clamp(0, 255).byte()
@@ -850,10 +859,11 @@ def load_images(name, data_dir):
     if not mirrors and not folder.is_dir():
         fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
     tensors = []
-    for file, digest in zip(IDX_FILES, digests):
+    for file, digest in zip(IDX_FILES, digests, strict=True):
         def problem(content, digest=digest):
-            found = hashlib.md5(content) if len(digest) == 32 else hashlib.sha256(gzip.decompress(content))
-            return "" if found.hexdigest() == digest else "wrong checksum"
+            md5, sha256 = hashlib.md5(content), hashlib.sha256(gzip.decompress(content))
+            right = digest in (md5.hexdigest(), sha256.hexdigest())
+            return "" if right else "wrong checksum"
 
         path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
         if mirrors and not path.exists():

@@ -1,0 +1,720 @@
+"""The tests: every script as its users run it, and the mathematics. ``pytest`` in this folder."""
+import ast
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import math
+import os
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributions
+
+import vae
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = [p for p in sorted(HERE.glob("*.py")) if p.name != "test_all.py"]
+pytestmark = pytest.mark.filterwarnings("error")  # neither tests nor scripts may warn
+
+
+# ==== The house ===================================================================================
+
+
+def test_blocks_are_equal_to_the_letter():
+    """Code that stands in several files is in marked blocks, and a mend in one mends them all."""
+    seen = {}
+    for script in SCRIPTS:
+        text = script.read_text()
+        blocks = re.findall(r"^# -+ block: (\w+) .*?\n(.*?)^# -+ end block -+$", text, re.M | re.S)
+        assert len(blocks) == len(re.findall(r"^# -+ end block", text, re.M)) >= 1, script
+        for name, body in blocks:
+            first, where = seen.setdefault(name, (body, script.name))
+            diff = difflib.unified_diff(first.splitlines(), body.splitlines(), where, script.name)
+            assert first == body, "\n".join(diff)
+    assert {"runs", "pictures", "images"} <= set(seen)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_a_script_stands_alone(script):
+    """It imports the standard library, torch and tqdm; header and licence travel with it."""
+    text = script.read_text()
+    assert text.startswith("# /// script\n") and "# SPDX-License-Identifier: MIT" in text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            for name in names:
+                root = name.split(".")[0]
+                assert root in sys.stdlib_module_names | {"torch", "tqdm"}, (node.lineno, name)
+
+
+def test_commands_in_print_are_understood(tmp_path, monkeypatch):
+    """Every ``python vae.py ...`` in README and docstrings has good flags and values."""
+    monkeypatch.chdir(tmp_path)
+    count = 0
+    for text in [HERE / "README.md", *SCRIPTS]:
+        for line in re.findall(r"python vae\.py([^\n`|]*)", text.read_text()):
+            count += bool(vae.command_line(shlex.split(re.split(r"\s{3,}|&&|;", line)[0])))
+    assert count >= 8
+
+
+def test_importing_starts_nothing(tmp_path):
+    code = "import sys; sys.argv = ['x', '--steps', '?']; import vae; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, timeout=60,
+                          capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
+    assert "'PIL'" not in done.stdout and "'torchvision'" not in done.stdout
+
+
+# ==== Data ========================================================================================
+
+
+def idx_bytes(tensor):
+    return (bytes([0, 0, 8, tensor.dim()]) + struct.pack(f">{tensor.dim()}I", *tensor.shape)
+            + bytes(tensor.flatten().tolist()))
+
+
+def write_idx_folder(folder, train=200, test=45):
+    """A tiny data set in the format of MNIST, two of its files plain and two compressed."""
+    folder.mkdir(parents=True)
+    for part, count in (("train", train), ("t10k", test)):
+        pictures, labels = vae.draw_digits(count, part)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(pictures[:, 0]))
+        packed = gzip.compress(idx_bytes((labels % 10).byte()), mtime=0)
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(packed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_idx_folder(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def test_idx_files_are_read(data):
+    images = vae.load_images(str(data), "")
+    pictures, labels = vae.draw_digits(200, "train")
+    assert images.train.dtype == torch.uint8 and torch.equal(images.train, pictures)
+    assert torch.equal(images.train_labels, labels % 10) and len(images.test) == 45
+    assert images.names[3] == "three"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b[:3], lambda b: b[:11], lambda b: b[:-1], lambda b: b + b"\0",
+    lambda b: b[:2] + b"\x0d" + b[3:], lambda b: b"\x89PNG" + b[4:],
+    lambda b: b[:3] + b"\xff" + b[4:], lambda b: b[:4] + b"\xff" * 12 + b[16:],
+    lambda b: b[:4] + b"\0" * 12 + b[16:],
+    lambda b: b[:12] + struct.pack(">I", 29) + b[16:], lambda b: b[:3] + b"\1" + b[4:]])
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_idx_files_are_refused(tmp_path, damage, packed, capsys):
+    folder = write_idx_folder(tmp_path / "d", 20, 5)
+    path = folder / "t10k-images-idx3-ubyte"
+    content = damage(path.read_bytes())
+    path.unlink()
+    (folder / (path.name + ".gz" if packed else path.name)).write_bytes(
+        gzip.compress(content)[:-9] if packed and len(content) % 2 else
+        gzip.compress(content) if packed else content)
+    assert vae.main(["--data", str(folder), "--out", str(tmp_path / "o")]) == 2
+    one_line(capsys, "d")
+    assert not (tmp_path / "o").exists()
+
+
+def one_line(capsys, *needles):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("vae.py: error: "), error
+    assert all(needle in error for needle in needles), error
+
+
+def test_download(tmp_path, monkeypatch):
+    """A mirror is dead, the next lies, the third is right; then nothing is fetched again."""
+    source = write_idx_folder(tmp_path / "source", 20, 5)
+    for path in list(source.iterdir()):
+        if path.suffix != ".gz":
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "liar").mkdir()
+    for name in vae.IDX_FILES:
+        (tmp_path / "liar" / f"{name}.gz").write_bytes(gzip.compress(b"something else"))
+    mirrors = [f"file://{tmp_path}/{name}/" for name in ("dead", "liar", "source")]
+    packed = [(source / f"{name}.gz").read_bytes() for name in vae.IDX_FILES]
+    sha256 = [hashlib.sha256(gzip.decompress(p)).hexdigest() for p in packed]
+    md5 = [hashlib.md5(p).hexdigest() for p in packed]
+    monkeypatch.setattr(vae, "PUBLISHED", {"mnist": (*mirrors, sha256), "fashion": (*mirrors, md5)})
+    for name in ("mnist", "fashion"):
+        first = vae.load_images(name, str(tmp_path / "data"))
+        assert torch.equal(first.train, vae.load_images(str(source), "").train)
+        assert first.names[0] == {"mnist": "zero", "fashion": "t-shirt"}[name]
+    monkeypatch.setattr(vae, "download", None)  # a second fetch would fail
+    assert torch.equal(vae.load_images("mnist", str(tmp_path / "data")).test, first.test)
+    # Compressed in another way the content is still right; another content is not.
+    path = tmp_path / "data" / "mnist" / f"{vae.IDX_FILES[2]}.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1))
+    assert torch.equal(vae.load_images("mnist", str(tmp_path / "data")).test, first.test)
+    path.write_bytes(gzip.compress(idx_bytes(first.test[:, 0] // 2)))
+    with pytest.raises(vae.UserError, match="delete it"):
+        vae.load_images("mnist", str(tmp_path / "data"))
+
+
+def test_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "PUBLISHED", {"mnist": (f"file://{tmp_path}/dead/", ["0" * 64] * 4)})
+    with pytest.raises(vae.UserError, match="without a network"):
+        vae.load_images("mnist", str(tmp_path / "data"))
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_published_checksums_are_in_order():
+    """Four for each set, sha256 or md5, and no two alike."""
+    for *mirrors, digests in vae.PUBLISHED.values():
+        assert len(mirrors) == 2 and len(set(digests)) == 4
+        assert {len(digest) for digest in digests} <= {32, 64}
+
+
+def test_drawn_digits_are_what_their_labels_say():
+    x, labels = vae.draw_digits(3000, 5)
+    assert x.shape == (3000, 1, 28, 28) and x.dtype == torch.uint8 and labels.unique().numel() == 40
+    again, other = vae.draw_digits(3000, 5)[0], vae.draw_digits(3000, 6)[0]
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    assert len({bytes(p.flatten().tolist()) for p in x}) == 3000  # drawn, not stamped
+    x = x.float() / 255
+    digit, bold, slanted = labels % 10, labels // 10 % 2 == 1, labels // 20 == 1
+    ink = x.sum((1, 2, 3))
+    for d in range(10):
+        assert ink[(digit == d) & bold].mean() > 1.4 * ink[(digit == d) & ~bold].mean()
+    # slant: the covariance of x and y over the ink, as a share of the variance of y
+    down, right = torch.meshgrid(torch.arange(28.), torch.arange(28.), indexing="ij")
+    weight = x[:, 0] / ink[:, None, None]
+    right = right - (weight * right).sum((1, 2), keepdim=True)
+    down = down - (weight * down).sum((1, 2), keepdim=True)
+    shear = -(weight * right * down).sum((1, 2)) / (weight * down**2).sum((1, 2))
+    for d in range(10):
+        assert shear[(digit == d) & slanted].mean() > shear[(digit == d) & ~slanted].mean() + 0.25
+    # the digit: the nearest training picture of 2500 nearly always shows the same one
+    nearest = torch.cdist(x[2500:].flatten(1), x[:2500].flatten(1)).argmin(1)
+    assert (digit[:2500][nearest] == digit[2500:]).float().mean() > 0.9
+
+
+# ==== Pictures ====================================================================================
+
+
+def decode_png(content):
+    """An independent decoder: -> still, frames, each (height, width, channels) of nested bytes."""
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, []
+    while at < len(content):
+        size, kind = struct.unpack(">I4s", content[at:at + 8])
+        body, crc = content[at + 8:at + 8 + size], content[at + 8 + size:at + 12 + size]
+        assert crc == struct.pack(">I", zlib.crc32(kind + body))
+        chunks.append((kind, body))
+        at += 12 + size
+    assert chunks[0][0] == b"IHDR" and chunks[-1] == (b"IEND", b"")
+    width, height, depth, color, *rest = struct.unpack(">2I5B", chunks[0][1])
+    channels = {0: 1, 2: 3}[color]
+    assert depth == 8 and rest == [0, 0, 0]
+
+    def pixels(data):
+        raw, above, rows = zlib.decompress(data), bytes(width * channels), []
+        assert len(raw) == height * (1 + width * channels)
+        for start in range(0, len(raw), 1 + width * channels):
+            line = raw[start + 1:start + 1 + width * channels]
+            assert raw[start] in (0, 2)
+            if raw[start]:
+                line = bytes((a + b) % 256 for a, b in zip(line, above, strict=True))
+            above = line
+            rows.append(list(above))
+        return torch.tensor(rows, dtype=torch.uint8).view(height, width, channels)
+
+    still = pixels(b"".join(body for kind, body in chunks if kind == b"IDAT"))
+    frames, numbers = [], []
+    for kind, body in chunks:
+        if kind in (b"fcTL", b"fdAT"):
+            numbers.append(struct.unpack(">I", body[:4])[0])
+        if kind == b"fcTL":
+            assert struct.unpack(">4I", body[4:20]) == (width, height, 0, 0) and len(body) == 26
+        if kind == b"fdAT":
+            frames.append(pixels(body[4:]))
+    assert numbers == list(range(len(numbers)))
+    control = [body for kind, body in chunks if kind == b"acTL"]
+    assert control == ([struct.pack(">2I", len(frames), 0)] if frames else [])
+    return still, frames
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_and_animation(channels):
+    sheets = torch.randint(0, 256, (4, 9, 14, channels), dtype=torch.uint8)
+    assert torch.equal(decode_png(vae.png(sheets[0]))[0], sheets[0])
+    still, frames = decode_png(vae.png(sheets[0], list(sheets[1:])))
+    assert torch.equal(still, sheets[0]) and torch.equal(torch.stack(frames), sheets[1:])
+
+
+@pytest.mark.parametrize("n", [1, 7, 10, 11])
+def test_grid_of_any_number(n):
+    images = torch.rand(n, 1, 6, 5)
+    sheet = vae.grid(images, 10, scale=1)[:, :, 0]
+    columns = min(n, 10)
+    assert sheet.shape == (-(-n // 10) * 7, columns * 6)
+    for i in range(n):
+        row, column = divmod(i, columns)
+        place = sheet[row * 7:row * 7 + 6, column * 6:column * 6 + 5]
+        assert torch.equal(place, (images[i, 0] * 255).round().byte())
+    assert torch.equal(vae.grid(images, 10, scale=2)[::2, ::2, 0], sheet)
+
+
+# ==== The mathematics of vae.py ===================================================================
+
+
+def tiny_vae(**settings):
+    torch.manual_seed(0)
+    model = vae.VAE(vae.Config(**({"latent_dim": 3, "width": 4} | settings)))
+    with torch.no_grad():  # a posterior unlike the prior, and a decoder that heeds its code
+        for linear in (model.encoder[-1], model.decoder[0]):
+            linear.weight.mul_(3)
+    return model
+
+
+def test_kl_divergence():
+    mean, logvar = torch.randn(2, 50, 7)
+    q = distributions.Normal(mean, (logvar / 2).exp())
+    expected = distributions.kl_divergence(q, distributions.Normal(0., 1.)).sum(1)
+    torch.testing.assert_close(vae.kl_divergence(mean, logvar), expected)
+    assert (vae.kl_divergence(torch.zeros(4, 7), torch.zeros(4, 7)) == 0).all()
+    assert (expected > 0).all()
+
+
+def test_log_bernoulli_is_a_sum_over_pixels():
+    logits, x = 3 * torch.randn(5, 1, 28, 28), torch.rand(5, 1, 28, 28).round()
+    expected = distributions.Bernoulli(logits=logits).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(vae.log_bernoulli(logits, x), expected)
+    assert vae.log_bernoulli(torch.full((1, 1, 28, 28), 100.), torch.zeros(1, 1, 28, 28)).isfinite()
+
+
+def test_elbo_by_hand_and_independent_of_the_batch():
+    model, x = tiny_vae(), torch.rand(6, 1, 28, 28).round()
+    torch.manual_seed(1)
+    reconstruction, kl = vae.elbo(model, x)
+    torch.manual_seed(1)
+    mean, logvar = model.encode(x)
+    z = mean + (logvar / 2).exp() * torch.randn(6, 3)
+    p = model.decode(z).sigmoid().double()
+    by_hand = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
+    torch.testing.assert_close(reconstruction.double(), by_hand, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(kl, ((mean**2 + logvar.exp() - 1 - logvar) / 2).sum(1))
+    # The autoencoder draws nothing and pays nothing; its loss is the same for a batch given twice.
+    ae = tiny_vae(kind="ae")
+    once, twice = vae.elbo(ae, x), vae.elbo(ae, torch.cat([x, x]))
+    torch.testing.assert_close(once[0].mean(), twice[0].mean())
+    assert (once[1] == 0).all() and once[0].shape == once[1].shape == (6,)
+    torch.testing.assert_close(once[0], vae.log_bernoulli(ae.decode(ae.encode(x)[0]), x))
+
+
+def test_gradient_reaches_the_encoder_through_the_draw():
+    model, x = tiny_vae(), torch.rand(6, 1, 28, 28).round()
+    vae.elbo(model, x)[0].sum().backward()
+    assert model.encoder[-1].weight.grad.abs().amax(1).gt(0).all()  # both of means and of variances
+
+
+def test_bound_grows_with_k_and_begins_at_the_elbo():
+    model, x = tiny_vae(), torch.rand(8, 1, 28, 28).round()
+    log_w = vae.log_weights(model, x, 64, torch.Generator().manual_seed(0))
+    bounds = [(log_w.view(8, -1, k).logsumexp(2) - math.log(k)).mean(1) for k in (1, 4, 16, 64)]
+    for small, large in zip(bounds, bounds[1:], strict=False):
+        assert (large >= small - 1e-4).all()
+    assert (bounds[-1] > bounds[0] + 0.1).any()
+    torch.testing.assert_close(bounds[0], log_w.mean(1))
+    once = vae.log_weights(model, x, 1, vae.seeded(3, "draws"))[:, 0]
+    torch.testing.assert_close(vae.log_likelihood(model, x, 1, seed=3), once)
+
+
+def test_mean_log_weight_is_the_elbo():
+    """E[log w] = reconstruction - KL: the closed form and the draws must agree, sign and all."""
+    model, x = tiny_vae(), torch.rand(2, 1, 28, 28).round()
+    torch.manual_seed(0)
+    log_w = vae.log_weights(model, x, 1000).mean(1)
+    with torch.no_grad():
+        terms = [vae.elbo(model, x.repeat(125, 1, 1, 1)) for _ in range(8)]
+    expected = torch.stack([(r - kl).view(125, 2).mean(0) for r, kl in terms])
+    spread = expected.std(0) / 8**0.5
+    assert ((log_w - expected.mean(0)).abs() < 5 * (spread + spread) + 0.05).all()
+
+
+def test_log_likelihood_against_quadrature():
+    """With one number in the code, log p(x) is an integral over a line, which a sum can do."""
+    model, x = tiny_vae(latent_dim=1), torch.rand(3, 1, 28, 28).round()
+    z = torch.linspace(-8, 8, 801)
+    with torch.no_grad():
+        fit = torch.stack([vae.log_bernoulli(model.decode(z[:, None]), picture) for picture in x])
+    prior = distributions.Normal(0., 1.).log_prob(z)
+    exact = (fit + prior).logsumexp(1) + math.log(16 / 800)
+    estimate = vae.log_likelihood(model, x, 2000, seed=0)
+    torch.testing.assert_close(estimate, exact, rtol=0, atol=0.05)
+
+
+def test_epochs_visit_every_row_once():
+    for count, size in ((10, 4), (7, 7), (3, 8)):  # a short last batch, an exact one, more than all
+        run = vae.Run.__new__(vae.Run)
+        run.config, seen = vae.Config(batch_size=size), []
+        for run.step in range(2 * count):
+            rows = run.batch_rows(count)
+            assert len(rows) == size
+            seen += rows.tolist()
+        for start in range(0, len(seen) - count + 1, count):
+            assert sorted(seen[start:start + count]) == list(range(count))
+        assert seen[:count] != seen[count:2 * count] or count < 4
+
+
+def test_judge_weighs_a_short_last_batch_rightly(data):
+    images = vae.load_images(str(data), "")
+    model = tiny_vae(kind="ae", test_images=45)
+    figures = vae.judge(model, images.test)
+    x = vae.binarise(images.test, vae.seeded("test"))
+    with torch.no_grad():
+        expected = vae.log_bernoulli(model.decode(model.encode(x)[0]), x).mean().item()
+    assert figures == {"test_reconstruction": pytest.approx(expected, rel=1e-5)}
+    figures = vae.judge(tiny_vae(test_images=45, draws=8), images.test)
+    assert figures["test_elbo"] <= figures["test_bound"] and figures["test_kl"] > 0
+    difference = figures["test_reconstruction"] - figures["test_kl"]
+    assert figures["test_elbo"] == pytest.approx(difference)
+
+
+def test_autoencoder_samples_from_its_codes(data):
+    pictures = vae.load_images(str(data), "").train
+    model = tiny_vae(kind="ae")
+    vae.fit_gaussian(model, pictures)
+    codes = vae.mean_codes(model, pictures)
+    torch.testing.assert_close(model.prior_mean, codes.mean(0))
+    factor = model.prior_factor
+    covariance = codes.T.cov() + 1e-4 * torch.eye(3)
+    torch.testing.assert_close(factor @ factor.T, covariance, rtol=1e-3, atol=1e-5)
+    with pytest.raises(vae.UserError, match="no likelihood"):
+        vae.log_likelihood(model, torch.zeros(1, 1, 28, 28), 1)
+    other = tiny_vae()
+    vae.fit_gaussian(other, pictures)
+    eps = torch.randn(4, 3)
+    assert torch.equal(other.place(eps), eps)  # the VAE's prior stays N(0, I)
+
+
+def test_sampling():
+    model = tiny_vae().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = vae.sample(model, 5, seed=1)
+    assert first.shape == (5, 1, 28, 28) and 0 <= first.min() and first.max() <= 1
+    assert torch.equal(first, vae.sample(model, 5, seed=1))
+    assert not torch.equal(first, vae.sample(model, 5, seed=2))
+    assert not torch.equal(vae.sample(model, 5), vae.sample(model, 5))
+    assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    z = torch.randn(6, 3)
+    torch.testing.assert_close(model.decode(z)[:1], model.decode(z[:1]), rtol=0, atol=1e-4)
+
+
+def test_residual_blocks_begin_small():
+    torch.manual_seed(0)
+    block, x = vae.Residual(64), torch.randn(4, 64, 7, 7)
+    assert 0 < (block(x) - x).std() < 0.1
+
+
+# ==== vae.py as its users run it ==================================================================
+
+
+def arguments(data, out, **settings):
+    settings = {"data": data, "out": out, "steps": 45, "batch_size": 16, "width": 4,
+                "latent_dim": 2, "draws": 3, "test_images": 30, "samples": 7} | settings
+    return [word for name, value in settings.items() if value is not None
+            for word in (vae.flag(name), str(value))]
+
+
+@pytest.fixture(scope="session")
+def reference(data, tmp_path_factory):
+    """One unbroken run, which several tests look at and none may change."""
+    out = tmp_path_factory.mktemp("reference")
+    assert vae.main(arguments(data, out)) == 0
+    return out
+
+
+def rows_of(out):
+    """metrics.csv without the seconds, which differ from run to run."""
+    with open(out / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def weights(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def steps_taken(state):
+    """The number of updates as the optimiser counted them."""
+    (count,) = {int(s["step"]) for s in state["optimizer"]["state"].values()}
+    return count
+
+
+def same(a, b):
+    """Checkpoints with the same weights and optimiser state, to the bit."""
+    def flat(thing):
+        if isinstance(thing, dict):
+            return [leaf for key in sorted(thing, key=str) for leaf in flat(thing[key])]
+        if isinstance(thing, list):
+            return [leaf for item in thing for leaf in flat(item)]
+        return [thing]
+
+    pairs = zip(flat([a["model"], a["optimizer"]]), flat([b["model"], b["optimizer"]]), strict=True)
+    return all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in pairs)
+
+
+def test_what_a_run_leaves(reference, capsys):
+    assert {p.name for p in reference.iterdir()} == {
+        "checkpoint.pt", "metrics.csv", "samples.png", "reconstructions.png", "walk.png", "map.png"}
+    assert decode_png((reference / "samples.png").read_bytes())[0].shape == (58, 7 * 58, 1)
+    assert decode_png((reference / "map.png").read_bytes())[0].shape == (20 * 58, 20 * 58, 1)
+    still, frames = decode_png((reference / "walk.png").read_bytes())
+    assert len(frames) == 24 and still.shape == frames[0].shape == (4 * 58, 10 * 58, 1)
+    rows = rows_of(reference)
+    assert [row["step"] for row in rows] == ["20", "40", "45"]
+    assert float(rows[0]["loss"]) > float(rows[2]["loss"]) and not rows[0]["test_bound"]
+    assert float(rows[2]["test_elbo"]) < float(rows[2]["test_bound"]) < 0
+
+
+def test_python_names(data, reference):
+    model = vae.load(reference / "checkpoint.pt")
+    assert not model.training and model.config.latent_dim == 2
+    x = vae.binarise(vae.load_images(str(data), "").test[:5])
+    mean, logvar = model.encode(x)
+    assert mean.shape == logvar.shape == (5, 2) and model.decode(mean).shape == (5, 1, 28, 28)
+    assert vae.log_likelihood(model, x, 4, seed=0).shape == (5,)
+    picture = decode_png((reference / "samples.png").read_bytes())[0]
+    assert torch.equal(picture, vae.grid(vae.sample(model, 7, seed=0), 10))
+    config = vae.Config(**(weights(reference)["config"] | {"out": str(reference)}))
+    again = vae.train(config).state_dict()  # nothing is left to train
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_killed_and_started_again(data, reference, tmp_path):
+    """kill -9 in mid-run, between two rows of metrics.csv: the end is the same, to the bit."""
+    words = arguments(data, tmp_path / "o")
+    code = f"""
+import itertools, os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import vae
+clock = itertools.count(0, 9)
+vae.time.perf_counter = lambda: next(clock)  # time flies: a checkpoint every few steps
+elbo, calls = vae.elbo, itertools.count()
+def killer(model, x):
+    if next(calls) == 34:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return elbo(model, x)
+vae.elbo = killer
+vae.main({words!r})
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    step = weights(tmp_path / "o")["step"]
+    assert 20 < step <= 34 and step % 20
+    (tmp_path / "o" / "checkpoint.pt.partial").write_bytes(b"half")  # as if killed while writing
+    done = subprocess.run([sys.executable, HERE / "vae.py", *words], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "held out" in done.stdout and str(tmp_path / "o" / "walk.png") in done.stdout
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert same(weights(tmp_path / "o"), weights(reference))
+    assert rows_of(tmp_path / "o") == rows_of(reference)
+    for name in ("samples.png", "walk.png", "reconstructions.png"):
+        assert (tmp_path / "o" / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_started_again(data, reference, tmp_path, monkeypatch, capsys, number):
+    """A signal finishes the step, saves, says how to go on; and the handlers of before are back."""
+    before, elbo, calls = signal.getsignal(number), vae.elbo, []
+
+    def interrupted(model, x):
+        calls.append(1)
+        if len(calls) == 8:
+            signal.raise_signal(number)
+        return elbo(model, x)
+
+    monkeypatch.setattr(vae, "elbo", interrupted)
+    assert vae.main(arguments(data, tmp_path)) == 128 + number
+    assert signal.getsignal(number) == before
+    assert "goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert weights(tmp_path)["step"] == 8
+    monkeypatch.setattr(vae, "judge", lambda *a: signal.raise_signal(number))  # and while judging
+    assert vae.main(arguments(data, tmp_path)) == 128 + number
+    monkeypatch.undo()
+    assert vae.main(["--out", str(tmp_path)]) == 0  # all other settings come from the checkpoint
+    assert same(weights(tmp_path), weights(reference)) and rows_of(tmp_path) == rows_of(reference)
+
+
+def test_stopped_from_python(data, tmp_path, monkeypatch):
+    elbo = vae.elbo
+    monkeypatch.setattr(vae, "elbo", lambda *a: (signal.raise_signal(signal.SIGINT), elbo(*a))[1])
+    config = vae.command_line(arguments(data, tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        vae.train(config)
+    assert weights(tmp_path)["step"] == 1
+
+
+def copy_of(reference, tmp_path):
+    out = tmp_path / "copy"
+    out.mkdir()
+    for path in reference.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+def test_a_finished_run_samples_without_data(reference, tmp_path, monkeypatch, capsys):
+    out = copy_of(reference, tmp_path)
+    monkeypatch.setattr(vae, "load_images", None)
+    checkpoint = (out / "checkpoint.pt").read_bytes()
+    (out / "walk.png").unlink()
+    for words in (["--steps", "20"], ["--seed", "0"], ["--seed", "7"]):
+        assert vae.main(["--out", str(out), *words]) == 0
+        equal = (out / "samples.png").read_bytes() == (reference / "samples.png").read_bytes()
+        assert equal == (words[-1] != "7")
+    assert (out / "checkpoint.pt").read_bytes() == checkpoint and not (out / "walk.png").exists()
+    assert rows_of(out) == rows_of(reference)
+    assert "bound" in capsys.readouterr().out
+
+
+def test_more_steps_and_another_judgement(reference, tmp_path):
+    out = copy_of(reference, tmp_path)
+    assert vae.main(["--out", str(out), "--steps", "60"]) == 0
+    assert [row["step"] for row in rows_of(out)] == ["20", "40", "45", "60"]
+    state = weights(out)
+    assert state["step"] == steps_taken(state) == 60
+    assert vae.main(["--out", str(out), "--draws", "5"]) == 0
+    assert same(weights(out), state) and rows_of(out)[3] != rows_of(reference)[-1]
+    assert rows_of(out)[3]["loss"] == f"{state['rows'][3]['loss']:.7g}"
+    assert rows_of(out)[3]["test_bound"] != f"{state['rows'][3]['test_bound']:.7g}"
+
+
+def test_steps_asked_are_steps_taken(reference):
+    assert weights(reference)["step"] == steps_taken(weights(reference)) == 45
+
+
+@pytest.mark.parametrize("words, needles", [
+    (["--batch-size", "8"], ["--batch-size 16", "--restart", "--out"]),
+    (["--latent-dim", "3"], ["--latent-dim 2", "--restart", "--out"]),
+    (["--width", "5"], ["--width 4", "--restart"]),
+    (["--kind", "ae"], ["--kind vae", "--restart"]),
+    (["--data", "digits"], ["--data", "--restart"]),
+    (["--seed", "1", "--steps", "99"], ["--seed 0", "--restart"])])
+def test_a_begun_run_is_not_changed(reference, tmp_path, capsys, words, needles):
+    out = copy_of(reference, tmp_path)
+    assert vae.main(["--out", str(out), *words]) == 2
+    one_line(capsys, *needles)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in reference.iterdir()}
+
+
+def test_other_data_in_the_same_place_are_noticed(tmp_path, capsys):
+    folder = write_idx_folder(tmp_path / "d", 20, 5)
+    words = arguments(folder, tmp_path / "o", steps=2)
+    assert vae.main(words) == 0
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    capsys.readouterr()
+    assert vae.main(arguments(folder, tmp_path / "o", steps=4)) == 2
+    one_line(capsys, "other data", "--restart")
+
+
+def test_foreign_checkpoints_are_refused_and_untouched(data, reference, tmp_path, capsys):
+    state = weights(reference)
+    memory = io.BytesIO()
+    torch.save(state | {"script": "gan"}, memory)
+    good = (reference / "checkpoint.pt").read_bytes()
+    for content in (b"", b"junk", good[:len(good) // 2], memory.getvalue()):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert vae.main(["--out", str(tmp_path)]) == 2
+        one_line(capsys, "not a checkpoint", "--restart")
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == [content]
+        with pytest.raises(vae.UserError):
+            vae.load(tmp_path / "checkpoint.pt")
+    assert vae.main(arguments(data, tmp_path, steps=1) + ["--restart"]) == 0  # said, so done
+    assert weights(tmp_path)["step"] == 1 and not weights(tmp_path)["config"]["restart"]
+    with pytest.raises(vae.UserError, match="no checkpoint"):
+        vae.load(tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize("words, needles", [
+    (["--steps", "none"], ["--steps"]), (["--steps", "0"], ["--steps", "1 to"]),
+    (["--kind", "gan"], ["ae or vae"]), (["--beta", "nan"], ["--beta"]),
+    (["--beta", "-1"], ["--beta"]), (["--learning-rate", "inf"], ["--learning-rate"]),
+    (["--colour", "red"], ["--colour"]), (["--late", "3"], ["--late"]), (["extra"], ["extra"]),
+    (["--samples"], ["--samples"]), (["--device", "cuda:9"], ["cuda"]),
+    (["--data", "mnits"], ["mnits", "mnist", "digits"]), (["--data", os.devnull], ["folder"])])
+def test_bad_words(tmp_path, monkeypatch, capsys, words, needles):
+    monkeypatch.chdir(tmp_path)
+    assert vae.main(words) == 2
+    one_line(capsys, *needles)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_settings_from_python():
+    for settings in ({"steps": 0}, {"steps": 1.5}, {"kind": "x"}, {"beta": "1"}, {"seed": True}):
+        with pytest.raises(vae.UserError, match="--" + next(iter(settings))):
+            vae.Config(**settings)
+    assert vae.Config(beta=2).out == os.path.join("out", "vae")
+    assert vae.Config(kind="ae", data="mnist").out == os.path.join("out", "vae-ae-mnist")
+    assert vae.Config(data=str(Path("some", "mine"))).out == os.path.join("out", "vae-mine")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        vae.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(vae.flag(f.name) in text for f in vae.fields(vae.Config))
+
+
+def test_a_folder_that_cannot_be(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert vae.main(arguments(data, tmp_path / "file" / "out")) == 2
+    assert "vae.py: error: cannot write" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_full_disk(reference, tmp_path, capsys):
+    """When a checkpoint no longer fits, the one before stays whole."""
+    resource = pytest.importorskip("resource")
+    out = copy_of(reference, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert vae.main(["--out", str(out), "--steps", "50"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in reference.iterdir()}
+
+
+def test_divergence_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
+    elbo, calls = vae.elbo, []
+
+    def poisoned(model, x):
+        calls.append(1)
+        reconstruction, kl = elbo(model, x)
+        return reconstruction * (float("nan") if len(calls) == 5 else 1), kl
+
+    monkeypatch.setattr(vae, "elbo", poisoned)
+    assert vae.main(arguments(data, tmp_path)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "loss is nan at step 4" in last and "--learning-rate" in last
+    model = vae.load(tmp_path / "checkpoint.pt")
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(FloatingPointError):
+        calls.clear()
+        vae.train(vae.command_line(arguments(data, tmp_path)))
+
+
+def test_it_learns(data, tmp_path):
+    """60 steps of the autoencoder nearly halve the error; the same pictures are written."""
+    assert vae.main(arguments(data, tmp_path, kind="ae", steps=60, latent_dim=8)) == 0
+    rows = rows_of(tmp_path)
+    assert float(rows[-1]["loss"]) < 0.6 * float(rows[0]["loss"]) and float(rows[-1]["kl"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoint.pt", "metrics.csv", "samples.png", "reconstructions.png", "walk.png"}
