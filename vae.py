@@ -262,8 +262,8 @@ def train(config):
                 fit_gaussian(model, data.train[:10000])
                 draw_samples(run, model)
                 draw_reconstructions(run, model, data.test)
-        run.finish(judge(model, data.test))
         draw_walk(run, model, data.test)
+        run.finish(judge(model, data.test))
     draw_samples(run, model)
     run.report()
     return model.eval()
@@ -385,20 +385,20 @@ def draw_reconstructions(run, model, test):
     run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
 
 
-def draw_walk(run, model, test, rows=4, columns=10, stops=4, frames=24):
-    """walk.png: 40 walkers stroll through latent space, past four test pictures and home.
+def draw_walk(run, model, test, rows=3, columns=10, stops=4, frames=24):
+    """walk.png: 30 walkers stroll in straight lines from test picture to test picture, four each.
 
-    The still image, for viewers without animation, has the first four walks, a row each.
+    The still image, for viewers without animation, has the first three walks, a row each.
     """
     codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
     codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
     with evaluating(model):
         for frame in range(frames):
-            leg, way = divmod(frame * stops, frames)
-            way = (1 - math.cos(math.pi * way / frames)) / 2                  # slow near a picture
-            z = codes[leg].lerp(codes[(leg + 1) % stops], way)
+            leg, way = divmod(frame * stops / frames, 1)
+            z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
             film.append(model.decode(z).sigmoid().cpu())                      # (walkers, 1, H, W)
-    still = torch.stack([f[:rows] for f in film[::frames // columns][:columns]], 1).flatten(0, 1)
+    still = [frame[:rows] for frame in film[::frames // columns][:columns]]
+    still = torch.stack(still, 1).flatten(0, 1)                               # row by row
     run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
 
 
