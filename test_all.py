@@ -322,22 +322,23 @@ def test_gradient_reaches_the_encoder_through_the_draw():
 
 def test_bound_grows_with_k_and_begins_at_the_elbo():
     model, x = tiny_vae(), torch.rand(8, 1, 28, 28).round()
-    log_w = vae.log_weights(model, x, 64, torch.Generator().manual_seed(0))
+    log_w = vae.log_weights(model, x, 64, torch.Generator().manual_seed(0)).detach()
     bounds = [(log_w.view(8, -1, k).logsumexp(2) - math.log(k)).mean(1) for k in (1, 4, 16, 64)]
     for small, large in zip(bounds, bounds[1:], strict=False):
         assert (large >= small - 1e-4).all()
     assert (bounds[-1] > bounds[0] + 0.1).any()
     torch.testing.assert_close(bounds[0], log_w.mean(1))
     once = vae.log_weights(model, x, 1, vae.seeded(3, "draws"))[:, 0]
-    torch.testing.assert_close(vae.log_likelihood(model, x, 1, seed=3), once)
+    torch.testing.assert_close(vae.log_likelihood(model, x, 1, seed=3), once.detach())
+    assert vae.log_likelihood(model, x, 1500, seed=3).shape == (8,)  # more draws than go at once
 
 
 def test_mean_log_weight_is_the_elbo():
     """E[log w] = reconstruction - KL: the closed form and the draws must agree, sign and all."""
     model, x = tiny_vae(), torch.rand(2, 1, 28, 28).round()
     torch.manual_seed(0)
-    log_w = vae.log_weights(model, x, 1000).mean(1)
     with torch.no_grad():
+        log_w = vae.log_weights(model, x, 1000).mean(1)
         terms = [vae.elbo(model, x.repeat(125, 1, 1, 1)) for _ in range(8)]
     expected = torch.stack([(r - kl).view(125, 2).mean(0) for r, kl in terms])
     spread = expected.std(0) / 8**0.5
@@ -390,7 +391,7 @@ def test_autoencoder_samples_from_its_codes(data):
     codes = vae.mean_codes(model, pictures)
     torch.testing.assert_close(model.prior_mean, codes.mean(0))
     factor = model.prior_factor
-    covariance = codes.T.cov() + 1e-4 * torch.eye(3)
+    covariance = codes.T.cov() + 1e-6 * torch.eye(3)
     torch.testing.assert_close(factor @ factor.T, covariance, rtol=1e-3, atol=1e-5)
     with pytest.raises(vae.UserError, match="no likelihood"):
         vae.log_likelihood(model, torch.zeros(1, 1, 28, 28), 1)
@@ -588,8 +589,8 @@ def test_more_steps_and_another_judgement(reference, tmp_path):
     assert state["step"] == steps_taken(state) == 60
     assert vae.main(["--out", str(out), "--draws", "5"]) == 0
     assert same(weights(out), state) and rows_of(out)[3] != rows_of(reference)[-1]
-    assert rows_of(out)[3]["loss"] == f"{state['rows'][3]['loss']:.7g}"
-    assert rows_of(out)[3]["test_bound"] != f"{state['rows'][3]['test_bound']:.7g}"
+    assert rows_of(out)[3]["loss"] == str(state["rows"][3]["loss"])
+    assert rows_of(out)[3]["test_bound"] != str(state["rows"][3]["test_bound"])
 
 
 def test_steps_asked_are_steps_taken(reference):
@@ -599,7 +600,7 @@ def test_steps_asked_are_steps_taken(reference):
 @pytest.mark.parametrize("words, needles", [
     (["--batch-size", "8"], ["--batch-size 16", "--restart", "--out"]),
     (["--latent-dim", "3"], ["--latent-dim 2", "--restart", "--out"]),
-    (["--width", "5"], ["--width 4", "--restart"]),
+    (["--width", "5"], ["--width 4", "--restart"]), (["--beta", "2"], ["--beta 1", "--restart"]),
     (["--kind", "ae"], ["--kind vae", "--restart"]),
     (["--data", "digits"], ["--data", "--restart"]),
     (["--seed", "1", "--steps", "99"], ["--seed 0", "--restart"])])
@@ -636,7 +637,7 @@ def test_foreign_checkpoints_are_refused_and_untouched(data, reference, tmp_path
             vae.load(tmp_path / "checkpoint.pt")
     assert vae.main(arguments(data, tmp_path, steps=1) + ["--restart"]) == 0  # said, so done
     assert weights(tmp_path)["step"] == 1 and not weights(tmp_path)["config"]["restart"]
-    with pytest.raises(vae.UserError, match="no checkpoint"):
+    with pytest.raises(vae.UserError, match="cannot read"):
         vae.load(tmp_path / "nothing.pt")
 
 

@@ -13,23 +13,23 @@
 An autoencoder passes a picture through a narrow code and rebuilds it on the other side. It recalls
 well but cannot invent: between the codes that it uses lies no man's land, and a code picked there
 decodes to a scrawl. The variational autoencoder blurs every code a little (the eps) and pays for
-every code that strays from N(0, I). So codes overlap and fill the space: whatever is drawn from
-N(0, I) decodes to a picture, and a walk from code to code passes pictures all the way.
+every code that strays from N(0, I). So codes overlap and fill the space: what is drawn from N(0, I)
+mostly decodes to a picture, and a walk from code to code passes pictures on its way.
 
-    python vae.py                                the VAE, on digits that this script draws itself
-    python vae.py --kind ae                      the plain autoencoder, to lay beside it
-    python vae.py --latent-dim 2                 a code of two numbers: latent space as a map
-    python vae.py --data mnist --steps 20000     MNIST, downloaded once
-    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256     the same on a GPU
+    python vae.py                                          on digits that this script draws itself
+    python vae.py --kind ae                                the plain autoencoder, to lay beside it
+    python vae.py --latent-dim 2 --out out/vae-2           codes of two numbers: a map of them all
+    python vae.py --data mnist --steps 20000               MNIST, downloaded once
+    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/gpu    on a GPU
 
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
-of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped; when
-all is done it draws new samples (--seed 1 for others). EXPECT
+of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped; on a
+finished model it only samples (--seed 1: other samples). EXPECT
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
 Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged. The objective is
-theirs; the networks are convolutional and residual where theirs had one or two hidden layers.
+theirs; the networks are convolutional and residual where theirs were fully connected.
 """
 import math
 import sys
@@ -54,29 +54,32 @@ def knob(default, about, *within):
 class Config:
     """Every setting, model first; the command line is made from it."""
     kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
-    beta: float = knob(1.0, "weight of the KL term: more is smoother, less sharper", 0, 1e4)
+    beta: float = knob(1.0, "weight of the KL term; above 1: smoother, below 1: sharper", 0, 1e4)
+    importance: int = knob(1, "k of the bound L_k that the last 30 % of the steps raise", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at 14x14, 3 times as many at 7x7", 1, 512)
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
-    learning_rate: float = knob(4e-3, "its peak; less where training diverges", 0, 1)
+    learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
     draws: int = knob(100, "k of the importance-weighted bound", 1, 10**6)
-    test_images: int = knob(1000, "held-out pictures to judge on; mnist has 10000", 1, 10**6)
+    test_images: int = knob(1000, "held-out pictures to judge on; there are 10000", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
     data: str = knob("digits", "digits (drawn here), mnist, fashion, or a folder of IDX files")
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; else out/vae-... after what is not the default")
+    out: str = knob("", "folder of the results; else out/vae, with kind and data if not default")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
         check_config(self)
+        if self.importance > 1 and (self.kind == "ae" or self.beta != 1):
+            fail("--importance is for --kind vae with --beta 1: L_k holds for no other")
 
 
-NAME = "vae"
-FIXED = ("kind", "latent_dim", "width", "data", "batch_size", "seed")  # once training has begun
-JUDGING = ("draws", "test_images")  # when these change, a trained model is judged again
+NAME = "vae"  # of the script, in its checkpoints
+FIXED = ("kind", "beta", "importance", "latent_dim", "width", "data", "batch_size", "seed")
+JUDGING = ("draws", "test_images")  # when one changes, a trained model is judged again
 
 
 # ==== 1. The pictures =============================================================================
@@ -88,8 +91,8 @@ def binarise(pictures, generator=None):
     """Bytes (B, 1, H, W) -> floats 0 or 1: a pixel is ink with the probability of its grey.
 
     It is drawn afresh each time a picture is seen, so the data never quite repeat. A pixel is now
-    the toss of a coin, and "the probability of this picture" means something: likelihoods on MNIST
-    are those of such pictures (Burda et al. 2015, section 5).
+    the toss of a coin, and "the probability of this picture" means something. Burda et al. 2015
+    (section 5) do the same, so that likelihoods compare.
     """
     return torch.bernoulli(pictures.float() / 255, generator=generator)
 
@@ -101,7 +104,7 @@ def binarise(pictures, generator=None):
 
 
 class Residual(nn.Module):
-    """x + f(x), f two 3x3 convolutions (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> same.
+    """x + f(x), f two 3x3 convolutions (He et al. 2016, arXiv:1603.05027): (B, C, H, W) -> same.
 
     The second one starts at a tenth of its usual size: the block begins as almost nothing, and a
     stack of blocks trains without normalisation.
@@ -113,6 +116,7 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         with torch.no_grad():
             self.conv2.weight.mul_(0.1)
+            self.conv2.bias.zero_()
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
@@ -179,9 +183,9 @@ class VAE(nn.Module):
 # ==== 3. The objective ============================================================================
 # The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for
 # each pixel. The story is good if it makes real pictures probable, that is if log p(x) is large,
-# where p(x) = integral of p(x|z) p(z) dz. Estimating that with codes drawn at random is hopeless:
-# hardly any code fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes codes
-# worth trying. With Jensen's inequality (the log of a mean is at least the mean of the logs)
+# where p(x) = integral of p(x|z) p(z) dz. To estimate that with codes drawn at random is hopeless:
+# hardly any of them fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes
+# codes worth trying. With Jensen's inequality (the log of a mean is at least the mean of the logs)
 #
 #   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
@@ -197,8 +201,8 @@ def log_bernoulli(logits, x):
     """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats.
 
     Given z the tosses are independent, so their log probabilities ADD UP over the pixels. Averaging
-    them is the commonest mistake in such code: it divides this term, but not the KL, by 784, as
-    --beta 784 would. Then it pays to ignore the code, and every sample is the same grey blur.
+    them, a common mistake, divides this term but not the KL by 784, as --beta 784 would. Then it
+    pays to ignore the code, and every sample is the same grey blur.
     """
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
@@ -211,13 +215,34 @@ def kl_divergence(mean, logvar):
 def elbo(model, x):
     """Pictures (B, 1, H, W) of 0 and 1 -> reconstruction (B,) and KL (B,), nats per picture.
 
-    The autoencoder's code is the mean itself, without noise and free of charge: all that differs.
+    The autoencoder's code is the mean itself, without noise and free of charge. In training nothing
+    else differs.
     """
     mean, logvar = model.encode(x)
     if model.config.kind == "ae":
         return log_bernoulli(model.decode(mean), x), torch.zeros_like(mean[:, 0])
     z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     return log_bernoulli(model.decode(z), x), kl_divergence(mean, logvar)
+
+
+# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. k draws, not one, each
+# weighted by how well it explains x, come closer (Burda et al. 2015, equation 8):
+#
+#   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
+#
+# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x). L_k
+# judges the model in the end; with --importance k it is also what the last steps of training raise.
+
+
+def log_weights(model, x, k, generator=None):
+    """Pictures (B, 1, H, W) of 0 and 1 -> log w_1 ... log w_k for each of them, (B, k), nats."""
+    mean, logvar = (t[:, None] for t in model.encode(x))                                # (B, 1, L)
+    eps = torch.randn(len(x), k, mean.shape[2], generator=generator,
+                      device="cpu" if generator else x.device).to(x.device)             # (B, k, L)
+    z = mean + (0.5 * logvar).exp() * eps
+    logits = model.decode(z.flatten(0, 1)).unflatten(0, (len(x), k))            # (B, k, 1, H, W)
+    return log_bernoulli(logits, x[:, None]) + 0.5 * (eps**2 + logvar - z**2).sum(2)
+    # the last term is log p(z) - log q(z|x), in which the constants of the two Gaussians cancel
 
 
 # ==== 4. Training =================================================================================
@@ -246,22 +271,29 @@ def train(config):
         for step in run.steps():
             # The next batch in this epoch's order, its coins tossed afresh.
             x = binarise(pictures[run.batch_rows(len(pictures)).to(device)])
-            # Encode, draw a code, decode: how well was it rebuilt, and what did the code cost?
-            reconstruction, kl = elbo(model, x)
-            loss = (config.beta * kl - reconstruction).mean()
-            # Gradients. A wild batch must not undo the work of many: their length is capped.
+            if step < 0.7 * config.steps or config.importance == 1:
+                # Encode, draw a code, decode: how well was it rebuilt, what did the code cost?
+                reconstruction, kl = elbo(model, x)
+                loss = (config.beta * kl - reconstruction).mean()
+                run.log(kl=kl.mean())
+            else:
+                log_w = log_weights(model, x, config.importance)
+                loss = (math.log(config.importance) - log_w.logsumexp(1)).mean()
+            # Gradients, of a length of at most 100: a wild batch must not undo the work of many.
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=100)
-            run.log(loss=loss, kl=kl.mean(), grad_norm=grad_norm)  # raises if one is not finite
+            run.log(loss=loss, grad_norm=grad_norm)  # raises FloatingPointError if not finite
             # Update.
             share = schedule((step + 0.5) / config.steps)
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
-            if run.due(10):  # ten times, the last step included
+            if run.due(10):  # now and then, to see how it comes on
                 fit_gaussian(model, data.train[:10000])
                 draw_samples(run, model)
                 draw_reconstructions(run, model, data.test)
+        fit_gaussian(model, data.train[:10000])
+        draw_reconstructions(run, model, data.test)
         draw_walk(run, model, data.test)
         run.finish(judge(model, data.test))
     draw_samples(run, model)
@@ -283,11 +315,10 @@ def fit_gaussian(model, pictures):
     likes, on a thin and winding sheet; a Gaussian around that is mostly empty, and samples show it.
     """
     if model.config.kind == "ae":
-        codes = mean_codes(model, pictures).cpu()
-        ridge = 1e-4 * torch.eye(codes.shape[1])  # in case a number of the code is never used
-        covariance = codes.T.cov().view_as(ridge) + ridge                      # (L, L)
+        codes = mean_codes(model, pictures).cpu().double()
+        ridge = 1e-6 * torch.eye(codes.shape[1])  # in case a number of the code is never used
         model.prior_mean.copy_(codes.mean(0))
-        model.prior_factor.copy_(torch.linalg.cholesky(covariance))
+        model.prior_factor.copy_(torch.linalg.cholesky(codes.T.cov().view_as(ridge) + ridge))
 
 
 # ==== 5. Sampling =================================================================================
@@ -314,51 +345,42 @@ def load(path, device="cpu"):
 
 
 # ==== 6. Judging, on pictures that it never saw ===================================================
-# The ELBO lies below log p(x); how far depends on the guide. k draws instead of one, each weighted
-# by how well it explains x, come closer (Burda et al. 2015, equation 8):
-#
-#   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
-#
-# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x).
 
 
-def log_weights(model, x, k, generator=None):
-    """Pictures (B, 1, H, W) of 0 and 1 -> log w_1 ... log w_k for each of them, (B, k), nats."""
-    rows = []
-    with evaluating(model):
-        for picture, mean, logvar in zip(x, *model.encode(x), strict=True):
-            eps = torch.randn(k, len(mean), generator=generator).to(x.device)
-            z = mean + (0.5 * logvar).exp() * eps                              # (k, L)
-            fit = [log_bernoulli(model.decode(some), picture) for some in z.split(500)]
-            ratio = 0.5 * (eps**2 + logvar - z**2).sum(1)  # log p(z) - log q(z|x), (k,)
-            rows.append(torch.cat(fit) + ratio)
-    return torch.stack(rows)
+def weigh(model, images, k, generator):
+    """Yield pictures (b, 1, H, W) and their log weights (b, k), not over 1000 codes at a time."""
+    for x in images.split(max(1, 1000 // k)):
+        draws = torch.arange(k).split(1000)
+        yield x, torch.cat([log_weights(model, x, len(some), generator) for some in draws], 1)
 
 
 def log_likelihood(model, images, k, seed=None):
     """L_k, a lower bound on log p(x): pictures (B, 1, H, W) of 0 and 1 -> (B,), nats a picture."""
     if model.config.kind == "ae":
-        raise UserError("an autoencoder has no likelihood: it does not say how probable a code is")
+        fail("an autoencoder has no likelihood: it does not say how probable a code is")
     noise = None if seed is None else seeded(seed, "draws")
-    return log_weights(model, images, k, noise).logsumexp(1) - math.log(k)
+    with evaluating(model):
+        log_w = [log_w.logsumexp(1) for _, log_w in weigh(model, images, k, noise)]
+    return torch.cat(log_w) - math.log(k)
 
 
 def judge(model, test):
-    """Means over the first ``test_images`` pictures, nats per picture; for the VAE also of k draws
-    each. The seeds are fixed: all models are judged on the same tosses."""
-    config, noise, parts = model.config, seeded("draws"), []
-    x = binarise(test[:config.test_images], seeded("test")).to(model.prior_mean.device)
-    for some in tqdm(x.split(20), desc="judging", leave=False):
-        with evaluating(model):
-            reconstruction, kl = elbo(model, some)
-        part = {"test_reconstruction": reconstruction}
-        if config.kind == "vae":
-            log_w = log_weights(model, some, config.draws, noise)
-            part = {"test_reconstruction": log_w.mean(1) + kl, "test_kl": kl,
-                    "test_elbo": log_w.mean(1),
-                    "test_bound": log_w.logsumexp(1) - math.log(config.draws)}
-        parts.append(part)
-    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+    """Means over the first ``test_images`` pictures, in nats per picture. The seeds are fixed: all
+    models are judged on the same tosses."""
+    k, parts = model.config.draws, []
+    x = binarise(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
+    with evaluating(model):
+        if model.config.kind == "ae":
+            rebuilt = torch.cat([elbo(model, some)[0] for some in x.split(500)])
+            return {"test_reconstruction": rebuilt.mean().item()}
+        bar = tqdm(total=len(x), desc="judging", leave=False)
+        for some, log_w in weigh(model, x, k, seeded("draws")):
+            kl, elbo_ = kl_divergence(*model.encode(some)), log_w.mean(1)  # E[log w] is the ELBO
+            parts.append(torch.stack([elbo_ + kl, kl, elbo_, log_w.logsumexp(1) - math.log(k)]))
+            bar.update(len(some))
+        bar.close()
+    names = ("test_reconstruction", "test_kl", "test_elbo", "test_bound")
+    return dict(zip(names, torch.cat(parts, 1).mean(1).tolist(), strict=True))
 
 
 # ==== 7. Looking ==================================================================================
@@ -377,7 +399,7 @@ def draw_samples(run, model):
 
 
 def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, below each its rebuilds."""
+    """reconstructions.png: four rows of originals, in grey, below each what its tosses became."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
         rebuilt = model.decode(mean_codes(model, test)).sigmoid().cpu()
@@ -388,7 +410,7 @@ def draw_reconstructions(run, model, test):
 def draw_walk(run, model, test, rows=3, columns=10, stops=4, frames=24):
     """walk.png: 30 walkers stroll in straight lines from test picture to test picture, four each.
 
-    The still image, for viewers without animation, has the first three walks, a row each.
+    The still image, for viewers without animation, has the first three walks but for the way home.
     """
     codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
     codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
@@ -412,10 +434,14 @@ def main(argv=None):
 
 # ---- block: runs (the same in every file) ----
 # Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
-import argparse, ctypes, functools, io, os, signal, threading, time, urllib.request, zlib
+import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zlib
+import http.client, urllib.request
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
+
+
+GO_ON = "the same command, less any --restart, goes on from there"
 
 
 class UserError(Exception):
@@ -453,6 +479,7 @@ def command_line(argv):
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
         about = f.metadata["about"] + (f" (default: {f.default})" if f.default else "")
+        about = about.replace("%", "%%")  # which argparse would fill in
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
@@ -465,7 +492,7 @@ def command_line(argv):
 def launch(argv, job):
     """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
     def stop(number, frame):
-        raise KeyboardInterrupt(number, "stopped; the same command goes on from the checkpoint")
+        raise KeyboardInterrupt(number, f"stopped; {GO_ON}")
 
     try:
         with on_signals(stop):
@@ -474,7 +501,7 @@ def launch(argv, job):
     except KeyboardInterrupt as error:
         number, words = error.args or (signal.SIGINT, "stopped")
         status = 128 + number
-    except (UserError, OSError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
     return status
@@ -513,7 +540,7 @@ def pick_device(name):
 
 
 def seed_of(*what):
-    """(seed, step), say -> 32 well-mixed bits, all that torch's generator on a CPU takes."""
+    """(seed, step), say -> 32 bits, all that torch's generator on a CPU takes."""
     return zlib.crc32(repr(what).encode())
 
 
@@ -548,19 +575,22 @@ def write_file(path, content):
             partial.unlink(missing_ok=True)
 
 
-def download(urls, path, problem):
-    """Fetch ``path`` from the first url whose bytes are right: problem(bytes) says what is not."""
+def download(urls, path, digest):
+    """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
+    of its content, unpacked if it is a .gz."""
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
                 size = int(reply.headers.get("Content-Length") or 0) or None
                 with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
                     content = b"".join(iter(lambda: body.read(1 << 16), b""))
-            trouble = problem(content)
-        except Exception as error:  # a network fails in many ways
+            unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
+            md5 = hashlib.md5(content, usedforsecurity=False)
+            if digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
+                return write_file(path, content)
+            trouble = "wrong checksum"
+        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
             trouble = error
-        if not trouble:
-            return write_file(path, content)
     fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
 
 
@@ -569,8 +599,8 @@ def read_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         ours = state["script"] == NAME and Config(**state["config"])
-    except FileNotFoundError:
-        fail(f"there is no checkpoint {path}")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
     except Exception:  # torch.load raises a dozen kinds of error on junk
         ours = False
     return state if ours else fail(f"{path} is not a checkpoint of this {NAME}.py: choose another "
@@ -626,8 +656,8 @@ class Run:
         return torch.cat(order)[self.step * size - first * count:][:size]
 
     def steps(self):
-        """Yield the steps that are left. Chance in step t comes from (seed, t) alone, so a run that
-        was killed ends like one that was not. Saves every 30 s, when stopped, and at the end."""
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU a run
+        that was killed ends like one that was not. Saves every 30 s, when stopped, at the end."""
         total, stopped_by = self.config.steps, []
 
         def stop(number, frame):
@@ -649,29 +679,30 @@ class Run:
                 now = time.perf_counter()
                 self.seconds, clock = self.seconds + now - clock, now
                 if self.step % 20 == 0 or self.step == total:
-                    means = {name: sum(values) / len(values) for name, values in self.sums.items()}
-                    self.rows.append({"step": self.step, "seconds": self.seconds} | means)
+                    row = {n: round(sum(v) / len(v), 6) for n, v in self.sums.items()}
+                    self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)} | row)
                     self.sums = {}
-                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in row.items()})
                 if stopped_by or self.step == total or now > last_save + 30:
                     self.save()
                     last_save = time.perf_counter()
                 if stopped_by:
-                    words = f"stopped after step {self.step} of {total}; the same command goes on"
+                    words = f"stopped after step {self.step} of {total}; {GO_ON}"
                     raise KeyboardInterrupt(stopped_by[0], words)
 
     def due(self, times):
-        """True at ``times`` evenly spaced steps, the last one among them."""
-        return (self.step + 1) * times // self.config.steps > self.step * times // self.config.steps
+        """True when another of ``times`` equal parts of the run is done, except for the last."""
+        part = self.config.steps / times
+        return self.step > 0 and self.step // part > (self.step - 1) // part
 
     def log(self, **figures):
         """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
         FloatingPointError stops the run when a figure is not finite."""
         for name, value in figures.items():
-            if not value.isfinite():
+            self.sums.setdefault(name, []).append(value := value.item())
+            if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
-            self.sums.setdefault(name, []).append(value.item())
 
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""
@@ -682,12 +713,12 @@ class Run:
         torch.save(state, memory)
         write_file(self.path, memory.getbuffer())
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        rows = [[f"{row[name]:.7g}" if name in row else "" for name in names] for row in self.rows]
+        rows = [[str(row.get(name, "")) for name in names] for row in self.rows]
         self.write("metrics.csv", "".join(",".join(row) + "\n" for row in [names, *rows]).encode())
 
     def finish(self, figures):
         """The held-out figures go into the last row: the run is trained and judged."""
-        self.rows[-1].update(figures)
+        self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
         self.judged = True
         self.save()
 
@@ -747,8 +778,7 @@ def png(still, frames=(), milliseconds=100):
 
 # ---- block: images (the same in every file) ----
 # Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
-import gzip, hashlib
-from typing import NamedTuple
+from collections import namedtuple
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
@@ -780,13 +810,8 @@ HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 
     ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
 
 
-class Images(NamedTuple):
-    """Pictures are bytes (N, 1, 28, 28); labels (N,) say which of ``names`` each one shows."""
-    train: torch.Tensor
-    train_labels: torch.Tensor
-    test: torch.Tensor
-    test_labels: torch.Tensor
-    names: list
+# Pictures are bytes (N, 1, 28, 28); labels (N,) say which of the names each one shows.
+Images = namedtuple("Images", "train train_labels test test_labels names")
 
 
 def draw_digits(count, seed):
@@ -860,14 +885,9 @@ def load_images(name, data_dir):
         fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
     tensors = []
     for file, digest in zip(IDX_FILES, digests, strict=True):
-        def problem(content, digest=digest):
-            md5, sha256 = hashlib.md5(content), hashlib.sha256(gzip.decompress(content))
-            right = digest in (md5.hexdigest(), sha256.hexdigest())
-            return "" if right else "wrong checksum"
-
         path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
         if mirrors and not path.exists():
-            download([mirror + path.name for mirror in mirrors], path, problem)
+            download([mirror + path.name for mirror in mirrors], path, digest)
         tensors.append(read_idx(path, digest))
     x, y, x_test, y_test = tensors
     if not (x.shape == (len(y), 28, 28) and x_test.shape == (len(y_test), 28, 28)):
