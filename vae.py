@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "tqdm>=4.60"]
+# dependencies = ["torch>=2.13", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
 """The autoencoder and the variational autoencoder: squeeze a picture, rebuild it, dream up others.
@@ -225,12 +225,12 @@ def elbo(model, x):
     return log_bernoulli(model.decode(z), x), kl_divergence(mean, logvar)
 
 
-# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. k draws, not one, each
-# weighted by how well it explains x, come closer (Burda et al. 2015, equation 8):
+# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. Of k draws, each is
+# weighted by how well it explains x, and so they come closer (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
-# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x). L_k
+# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x). It
 # judges the model in the end; with --importance k it is also what the last steps of training raise.
 
 
@@ -441,9 +441,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 
-GO_ON = "the same command, less any --restart, goes on from there"
-
-
 class UserError(Exception):
     """What the user can mend: on the command line one line on stderr and exit status 2."""
 
@@ -478,8 +475,7 @@ def command_line(argv):
     parser.error = fail
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        about = f.metadata["about"] + (f" (default: {f.default})" if f.default else "")
-        about = about.replace("%", "%%")  # which argparse would fill in
+        about = f.metadata["about"].replace("%", "%%") + (f" ({f.default})" if f.default else "")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
@@ -492,15 +488,15 @@ def command_line(argv):
 def launch(argv, job):
     """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
     def stop(number, frame):
-        raise KeyboardInterrupt(number, f"stopped; {GO_ON}")
+        raise KeyboardInterrupt(number)
 
     try:
         with on_signals(stop):
             job(command_line(argv))
         return 0
     except KeyboardInterrupt as error:
-        number, words = error.args or (signal.SIGINT, "stopped")
-        status = 128 + number
+        status = 128 + (error.args or (signal.SIGINT,))[0]
+        words = "stopped; the same command, less any --restart, goes on from the last checkpoint"
     except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
@@ -656,14 +652,14 @@ class Run:
         return torch.cat(order)[self.step * size - first * count:][:size]
 
     def steps(self):
-        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU a run
-        that was killed ends like one that was not. Saves every 30 s, when stopped, at the end."""
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU, a
+        killed run ends like one that was not. Saves every 30 s, when stopped, and at the end."""
         total, stopped_by = self.config.steps, []
 
         def stop(number, frame):
-            if stopped_by:
-                raise KeyboardInterrupt(number, "aborted")
             stopped_by.append(number)
+            if len(stopped_by) > 1:  # the second time, at once
+                raise KeyboardInterrupt(number)
 
         if self.step >= total:
             return
@@ -687,8 +683,7 @@ class Run:
                     self.save()
                     last_save = time.perf_counter()
                 if stopped_by:
-                    words = f"stopped after step {self.step} of {total}; {GO_ON}"
-                    raise KeyboardInterrupt(stopped_by[0], words)
+                    raise KeyboardInterrupt(stopped_by[0])
 
     def due(self, times):
         """True when another of ``times`` equal parts of the run is done, except for the last."""
