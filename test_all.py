@@ -170,6 +170,13 @@ def test_failed_download_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*"))
 
 
+def test_a_missing_file_is_named(tmp_path):
+    folder = write_idx_folder(tmp_path / "d", 5, 5)
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(vae.UserError, match="holds no t10k-labels-idx1-ubyte"):
+        vae.load_images(str(folder), "")
+
+
 def test_published_checksums_are_in_order():
     """Four for each set, sha256 or md5, and no two alike."""
     for *mirrors, digests in vae.PUBLISHED.values():
@@ -298,7 +305,7 @@ def test_log_bernoulli_is_a_sum_over_pixels():
 def test_elbo_by_hand_and_independent_of_the_batch():
     model, x = tiny_vae(), torch.rand(6, 1, 28, 28).round()
     torch.manual_seed(1)
-    reconstruction, kl = vae.elbo(model, x)
+    reconstruction, kl = vae.elbo_terms(model, x)
     torch.manual_seed(1)
     mean, logvar = model.encode(x)
     z = mean + (logvar / 2).exp() * torch.randn(6, 3)
@@ -308,7 +315,7 @@ def test_elbo_by_hand_and_independent_of_the_batch():
     torch.testing.assert_close(kl, ((mean**2 + logvar.exp() - 1 - logvar) / 2).sum(1))
     # The autoencoder draws nothing and pays nothing; its loss is the same for a batch given twice.
     ae = tiny_vae(kind="ae")
-    once, twice = vae.elbo(ae, x), vae.elbo(ae, torch.cat([x, x]))
+    once, twice = vae.elbo_terms(ae, x), vae.elbo_terms(ae, torch.cat([x, x]))
     torch.testing.assert_close(once[0].mean(), twice[0].mean())
     assert (once[1] == 0).all() and once[0].shape == once[1].shape == (6,)
     torch.testing.assert_close(once[0], vae.log_bernoulli(ae.decode(ae.encode(x)[0]), x))
@@ -316,7 +323,7 @@ def test_elbo_by_hand_and_independent_of_the_batch():
 
 def test_gradient_reaches_the_encoder_through_the_draw():
     model, x = tiny_vae(), torch.rand(6, 1, 28, 28).round()
-    vae.elbo(model, x)[0].sum().backward()
+    vae.elbo_terms(model, x)[0].sum().backward()
     assert model.encoder[-1].weight.grad.abs().amax(1).gt(0).all()  # both of means and of variances
 
 
@@ -339,7 +346,7 @@ def test_mean_log_weight_is_the_elbo():
     torch.manual_seed(0)
     with torch.no_grad():
         log_w = vae.log_weights(model, x, 1000).mean(1)
-        terms = [vae.elbo(model, x.repeat(125, 1, 1, 1)) for _ in range(8)]
+        terms = [vae.elbo_terms(model, x.repeat(125, 1, 1, 1)) for _ in range(8)]
     expected = torch.stack([(r - kl).view(125, 2).mean(0) for r, kl in terms])
     spread = expected.std(0) / 8**0.5
     assert ((log_w - expected.mean(0)).abs() < 5 * (spread + spread) + 0.05).all()
@@ -391,10 +398,12 @@ def test_autoencoder_samples_from_its_codes(data):
     codes = vae.mean_codes(model, pictures)
     torch.testing.assert_close(model.prior_mean, codes.mean(0))
     factor = model.prior_factor
-    covariance = codes.T.cov() + 1e-6 * torch.eye(3)
+    covariance = codes.T.cov(correction=0) + 1e-6 * torch.eye(3)
     torch.testing.assert_close(factor @ factor.T, covariance, rtol=1e-3, atol=1e-5)
     with pytest.raises(vae.UserError, match="no likelihood"):
         vae.log_likelihood(model, torch.zeros(1, 1, 28, 28), 1)
+    vae.fit_gaussian(model, pictures[:1])  # of one code there is a mean and no spread
+    assert model.prior_factor.abs().max() < 0.01 and model.prior_factor.isfinite().all()
     other = tiny_vae()
     vae.fit_gaussian(other, pictures)
     eps = torch.randn(4, 3)
@@ -503,12 +512,12 @@ sys.path.insert(0, {str(HERE)!r})
 import vae
 clock = itertools.count(0, 9)
 vae.time.perf_counter = lambda: next(clock)  # time flies: a checkpoint every few steps
-elbo, calls = vae.elbo, itertools.count()
+elbo, calls = vae.elbo_terms, itertools.count()
 def killer(model, x):
     if next(calls) == 34:
         os.kill(os.getpid(), signal.SIGKILL)
     return elbo(model, x)
-vae.elbo = killer
+vae.elbo_terms = killer
 vae.main({words!r})
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
@@ -530,7 +539,7 @@ vae.main({words!r})
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_started_again(data, reference, tmp_path, monkeypatch, capsys, number):
     """A signal finishes the step, saves, says how to go on; and the handlers of before are back."""
-    before, elbo, calls = signal.getsignal(number), vae.elbo, []
+    before, elbo, calls = signal.getsignal(number), vae.elbo_terms, []
 
     def interrupted(model, x):
         calls.append(1)
@@ -538,7 +547,7 @@ def test_stopped_and_started_again(data, reference, tmp_path, monkeypatch, capsy
             signal.raise_signal(number)
         return elbo(model, x)
 
-    monkeypatch.setattr(vae, "elbo", interrupted)
+    monkeypatch.setattr(vae, "elbo_terms", interrupted)
     assert vae.main(arguments(data, tmp_path)) == 128 + number
     assert signal.getsignal(number) == before
     assert "goes on" in capsys.readouterr().err.splitlines()[-1]
@@ -551,12 +560,20 @@ def test_stopped_and_started_again(data, reference, tmp_path, monkeypatch, capsy
 
 
 def test_stopped_from_python(data, tmp_path, monkeypatch):
-    elbo = vae.elbo
-    monkeypatch.setattr(vae, "elbo", lambda *a: (signal.raise_signal(signal.SIGINT), elbo(*a))[1])
+    elbo = vae.elbo_terms
+    def interrupted(model, x):
+        signal.raise_signal(signal.SIGINT)
+        return elbo(model, x)
+
+    monkeypatch.setattr(vae, "elbo_terms", interrupted)
     config = vae.command_line(arguments(data, tmp_path))
     with pytest.raises(KeyboardInterrupt):
         vae.train(config)
     assert weights(tmp_path)["step"] == 1
+    monkeypatch.undo()
+    assert vae.main(["--out", str(tmp_path), "--steps", "1"]) == 0  # enough of it: judge, sample
+    assert [row["step"] for row in rows_of(tmp_path)] == ["1"]
+    assert (tmp_path / "reconstructions.png").exists() and weights(tmp_path)["judged"]
 
 
 def copy_of(reference, tmp_path):
@@ -645,6 +662,8 @@ def test_foreign_checkpoints_are_refused_and_untouched(data, reference, tmp_path
     (["--steps", "none"], ["--steps"]), (["--steps", "0"], ["--steps", "1 to"]),
     (["--kind", "gan"], ["ae or vae"]), (["--beta", "nan"], ["--beta"]),
     (["--beta", "-1"], ["--beta"]), (["--learning-rate", "inf"], ["--learning-rate"]),
+    (["--kind", "ae", "--beta", "4"], ["ae", "--beta"]),
+    (["--beta", "2", "--importance", "5"], ["L_k", "--beta"]),
     (["--colour", "red"], ["--colour"]), (["--late", "3"], ["--late"]), (["extra"], ["extra"]),
     (["--samples"], ["--samples"]), (["--device", "cuda:9"], ["cuda"]),
     (["--data", "mnits"], ["mnits", "mnist", "digits"]), (["--data", os.devnull], ["folder"])])
@@ -694,14 +713,14 @@ def test_full_disk(reference, tmp_path, capsys):
 
 
 def test_divergence_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
-    elbo, calls = vae.elbo, []
+    elbo, calls = vae.elbo_terms, []
 
     def poisoned(model, x):
         calls.append(1)
         reconstruction, kl = elbo(model, x)
         return reconstruction * (float("nan") if len(calls) == 5 else 1), kl
 
-    monkeypatch.setattr(vae, "elbo", poisoned)
+    monkeypatch.setattr(vae, "elbo_terms", poisoned)
     assert vae.main(arguments(data, tmp_path)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "loss is nan at step 4" in last and "--learning-rate" in last
@@ -710,6 +729,25 @@ def test_divergence_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch, 
     with pytest.raises(FloatingPointError):
         calls.clear()
         vae.train(vae.command_line(arguments(data, tmp_path)))
+
+
+def test_last_steps_raise_the_tighter_bound(data, tmp_path, monkeypatch):
+    """With --importance 3 the first 70 % of the steps take the ELBO, the others L_3."""
+    weigh, calls = vae.log_weights, []
+
+    def counted(model, x, k, generator=None):
+        log_w = weigh(model, x, k, generator)
+        if log_w.requires_grad:
+            assert k == 3 and log_w.shape == (16, 3)
+            calls.append((log_w.detach().logsumexp(1) - math.log(3)).mean().item())
+        return log_w
+
+    monkeypatch.setattr(vae, "log_weights", counted)
+    assert vae.main(arguments(data, tmp_path, steps=40, importance=3)) == 0
+    row = rows_of(tmp_path)[1]  # steps 20 to 39: eight by the ELBO, twelve by L_3
+    assert len(calls) == 12 and float(row["kl"]) > 0
+    losses = weights(tmp_path)["rows"][1]["loss"] * 20 + sum(calls)  # what is left are the eight
+    assert losses / 8 > -sum(calls) / 12 and weights(tmp_path)["step"] == 40
 
 
 def test_it_learns(data, tmp_path):

@@ -23,8 +23,9 @@ mostly decodes to a picture, and a walk from code to code passes pictures on its
     python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/gpu    on a GPU
 
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
-of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped; on a
-finished model it only samples (--seed 1: other samples). EXPECT
+of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with
+the settings of the checkpoint where none are given; on a finished model it only samples (--seed 1:
+other samples). EXPECT
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
@@ -54,7 +55,7 @@ def knob(default, about, *within):
 class Config:
     """Every setting, model first; the command line is made from it."""
     kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
-    beta: float = knob(1.0, "weight of the KL term; above 1: smoother, below 1: sharper", 0, 1e4)
+    beta: float = knob(1.0, "weight of the KL term (Higgins et al. 2017): more is smoother", 0, 1e4)
     importance: int = knob(1, "k of the bound L_k that the last 30 % of the steps raise", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at 14x14, 3 times as many at 7x7", 1, 512)
@@ -73,8 +74,8 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
-        if self.importance > 1 and (self.kind == "ae" or self.beta != 1):
-            fail("--importance is for --kind vae with --beta 1: L_k holds for no other")
+        if (self.kind == "ae") + (self.beta != 1) + (self.importance > 1) > 1:
+            fail("--kind ae has no KL term and no L_k, and L_k no --beta: give one of the three")
 
 
 NAME = "vae"  # of the script, in its checkpoints
@@ -92,7 +93,7 @@ def binarise(pictures, generator=None):
 
     It is drawn afresh each time a picture is seen, so the data never quite repeat. A pixel is now
     the toss of a coin, and "the probability of this picture" means something. Burda et al. 2015
-    (section 5) do the same, so that likelihoods compare.
+    (section 5) binarise so too; other ways give other likelihoods.
     """
     return torch.bernoulli(pictures.float() / 255, generator=generator)
 
@@ -104,10 +105,9 @@ def binarise(pictures, generator=None):
 
 
 class Residual(nn.Module):
-    """x + f(x), f two 3x3 convolutions (He et al. 2016, arXiv:1603.05027): (B, C, H, W) -> same.
-
-    The second one starts at a tenth of its usual size: the block begins as almost nothing, and a
-    stack of blocks trains without normalisation.
+    """x + f(x) (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> the same. f is two convolutions,
+    each after its activation (2016, arXiv:1603.05027). The second starts at a tenth of its usual
+    size: f begins as almost nothing, and these networks train without normalisation.
     """
 
     def __init__(self, channels):
@@ -123,7 +123,8 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """q(z|x): pictures (B, 1, 28, 28) -> (B, 2 L), the means and log variances of their codes."""
+    """q(z|x): pictures (B, 1, 28, 28) -> (B, 2 L), means and log variances of their codes: any
+    number is a log variance, and sigma = exp(logvar / 2) is positive by itself."""
 
     def __init__(self, latent_dim, width):
         super().__init__(
@@ -155,15 +156,15 @@ class Decoder(nn.Sequential):
 
 
 class VAE(nn.Module):
-    """Encoder, decoder, and where to look for codes. The autoencoder has the same networks."""
+    """Encoder, decoder, and where sampling draws codes. The autoencoder has the same networks."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.latent_dim, config.width)
         self.decoder = Decoder(config.latent_dim, config.width)
-        # Codes are looked for at prior_mean + prior_factor @ eps: N(0, I), the VAE's prior. The
-        # autoencoder has none: fit_gaussian moves this to where its codes turn out to lie.
+        # Sampling draws codes at prior_mean + prior_factor @ eps. That is N(0, I), the VAE's prior;
+        # the autoencoder has none, and fit_gaussian moves this to where its codes turn out to lie.
         self.register_buffer("prior_mean", torch.zeros(config.latent_dim))
         self.register_buffer("prior_factor", torch.eye(config.latent_dim))
 
@@ -176,7 +177,7 @@ class VAE(nn.Module):
         return self.decoder(z)
 
     def place(self, eps):
-        """Standard normal eps (B, L) -> codes (B, L) where codes are to be looked for."""
+        """Standard normal eps (B, L) -> the codes (B, L) that sampling draws."""
         return self.prior_mean + eps @ self.prior_factor.T
 
 
@@ -185,7 +186,8 @@ class VAE(nn.Module):
 # each pixel. The story is good if it makes real pictures probable, that is if log p(x) is large,
 # where p(x) = integral of p(x|z) p(z) dz. To estimate that with codes drawn at random is hopeless:
 # hardly any of them fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes
-# codes worth trying. With Jensen's inequality (the log of a mean is at least the mean of the logs)
+# codes worth trying. With E_q for the mean over draws from q, and Jensen's inequality (the log of a
+# mean is at least the mean of the logs), in natural logarithms, hence nats,
 #
 #   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
@@ -212,7 +214,7 @@ def kl_divergence(mean, logvar):
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
 
 
-def elbo(model, x):
+def elbo_terms(model, x):
     """Pictures (B, 1, H, W) of 0 and 1 -> reconstruction (B,) and KL (B,), nats per picture.
 
     The autoencoder's code is the mean itself, without noise and free of charge. In training nothing
@@ -225,8 +227,8 @@ def elbo(model, x):
     return log_bernoulli(model.decode(z), x), kl_divergence(mean, logvar)
 
 
-# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. Of k draws, each is
-# weighted by how well it explains x, and so they come closer (Burda et al. 2015, equation 8):
+# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With k draws, each
+# weighted by how well it explains x, the bound comes closer (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
@@ -273,7 +275,7 @@ def train(config):
             x = binarise(pictures[run.batch_rows(len(pictures)).to(device)])
             if step < 0.7 * config.steps or config.importance == 1:
                 # Encode, draw a code, decode: how well was it rebuilt, what did the code cost?
-                reconstruction, kl = elbo(model, x)
+                reconstruction, kl = elbo_terms(model, x)
                 loss = (config.beta * kl - reconstruction).mean()
                 run.log(kl=kl.mean())
             else:
@@ -312,13 +314,14 @@ def fit_gaussian(model, pictures):
     """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, 1, H, W).
 
     The VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
-    likes, on a thin and winding sheet; a Gaussian around that is mostly empty, and samples show it.
+    likes; a Gaussian around them covers much that is no code of a picture, and samples show it.
     """
     if model.config.kind == "ae":
         codes = mean_codes(model, pictures).cpu().double()
         ridge = 1e-6 * torch.eye(codes.shape[1])  # in case a number of the code is never used
+        covariance = codes.T.cov(correction=0).view_as(ridge) + ridge        # (L, L), if L is 1 too
         model.prior_mean.copy_(codes.mean(0))
-        model.prior_factor.copy_(torch.linalg.cholesky(codes.T.cov().view_as(ridge) + ridge))
+        model.prior_factor.copy_(torch.linalg.cholesky(covariance))
 
 
 # ==== 5. Sampling =================================================================================
@@ -357,7 +360,7 @@ def weigh(model, images, k, generator):
 def log_likelihood(model, images, k, seed=None):
     """L_k, a lower bound on log p(x): pictures (B, 1, H, W) of 0 and 1 -> (B,), nats a picture."""
     if model.config.kind == "ae":
-        fail("an autoencoder has no likelihood: it does not say how probable a code is")
+        fail("an autoencoder has no likelihood: its codes have no probability")
     noise = None if seed is None else seeded(seed, "draws")
     with evaluating(model):
         log_w = [log_w.logsumexp(1) for _, log_w in weigh(model, images, k, noise)]
@@ -371,12 +374,12 @@ def judge(model, test):
     x = binarise(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
     with evaluating(model):
         if model.config.kind == "ae":
-            rebuilt = torch.cat([elbo(model, some)[0] for some in x.split(500)])
+            rebuilt = torch.cat([elbo_terms(model, some)[0] for some in x.split(500)])
             return {"test_reconstruction": rebuilt.mean().item()}
         bar = tqdm(total=len(x), desc="judging", leave=False)
         for some, log_w in weigh(model, x, k, seeded("draws")):
-            kl, elbo_ = kl_divergence(*model.encode(some)), log_w.mean(1)  # E[log w] is the ELBO
-            parts.append(torch.stack([elbo_ + kl, kl, elbo_, log_w.logsumexp(1) - math.log(k)]))
+            kl, elbo = kl_divergence(*model.encode(some)), log_w.mean(1)  # E[log w] is the ELBO
+            parts.append(torch.stack([elbo + kl, kl, elbo, log_w.logsumexp(1) - math.log(k)]))
             bar.update(len(some))
         bar.close()
     names = ("test_reconstruction", "test_kl", "test_elbo", "test_bound")
@@ -387,7 +390,7 @@ def judge(model, test):
 
 
 def draw_samples(run, model):
-    """samples.png and, when a code is two numbers, map.png: all of latent space."""
+    """samples.png and, when a code is two numbers, map.png: 95 % of the prior in each of them."""
     run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
     if model.config.latent_dim == 2:
         # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
@@ -425,7 +428,7 @@ def draw_walk(run, model, test, rows=3, columns=10, stops=4, frames=24):
 
 
 def main(argv=None):
-    """The command line -> exit status: 0, 1 diverged, 2 the user's mistake, 130 or 143 stopped."""
+    """The command line, ``argv`` or the process's own -> exit status (see launch)."""
     return launch(argv, train)
 
 
@@ -496,7 +499,7 @@ def launch(argv, job):
         return 0
     except KeyboardInterrupt as error:
         status = 128 + (error.args or (signal.SIGINT,))[0]
-        words = "stopped; the same command, less any --restart, goes on from the last checkpoint"
+        words = "stopped; the same command, less any --restart, goes on"
     except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
@@ -584,9 +587,9 @@ def download(urls, path, digest):
             md5 = hashlib.md5(content, usedforsecurity=False)
             if digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
                 return write_file(path, content)
-            trouble = "wrong checksum"
+            trouble = f"{url}: wrong checksum"
         except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
-            trouble = error
+            trouble = f"{url}: {error}"
     fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
 
 
@@ -652,8 +655,8 @@ class Run:
         return torch.cat(order)[self.step * size - first * count:][:size]
 
     def steps(self):
-        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU, a
-        killed run ends like one that was not. Saves every 30 s, when stopped, and at the end."""
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: a killed run
+        ends like one that was not, on one CPU. Saves every 30 s, when stopped, and at the end."""
         total, stopped_by = self.config.steps, []
 
         def stop(number, frame):
@@ -694,10 +697,11 @@ class Run:
         """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
         FloatingPointError stops the run when a figure is not finite."""
         for name, value in figures.items():
-            self.sums.setdefault(name, []).append(value := value.item())
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {self.step}: try a lower "
+            number = value.item()
+            if not math.isfinite(number):
+                raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
+            self.sums.setdefault(name, []).append(number)
 
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""
@@ -713,6 +717,8 @@ class Run:
 
     def finish(self, figures):
         """The held-out figures go into the last row: the run is trained and judged."""
+        if not self.rows:  # stopped so early that there is none
+            self.rows.append({"step": self.step, "seconds": self.seconds})
         self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
         self.judged = True
         self.save()
@@ -831,6 +837,7 @@ def draw_digits(count, seed):
     pictures = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
     for d, h in [(d, h) for d, hands in enumerate(HANDS) for h in range(len(hands))]:
         strokes = [[[int(x), int(y)] for x, y in s.split()] for s in HANDS[d][h].split("/")]
+        # Interpolating an identity matrix gives what each point weighs at each place of the curve.
         curves = [F.interpolate(torch.eye(len(s))[None, None], (max(24, 8 * len(s)), len(s)),
                                 mode="bicubic", align_corners=True)[0, 0] for s in strokes]
         curve = torch.block_diag(*curves)                                      # (places, points)
@@ -883,6 +890,8 @@ def load_images(name, data_dir):
         path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
         if mirrors and not path.exists():
             download([mirror + path.name for mirror in mirrors], path, digest)
+        if not path.exists():
+            fail(f"{folder} holds no {file}, plain or .gz")
         tensors.append(read_idx(path, digest))
     x, y, x_test, y_test = tensors
     if not (x.shape == (len(y), 28, 28) and x_test.shape == (len(y_test), 28, 28)):
