@@ -69,7 +69,7 @@ class Config:
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; else out/vae, with kind and data if not default")
+    out: str = knob("", "folder of the results; if empty, out/vae, and kind and data if unusual")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
@@ -478,7 +478,7 @@ def command_line(argv):
     parser.error = fail
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        about = f.metadata["about"].replace("%", "%%") + (f" ({f.default})" if f.default else "")
+        about = f"{f.metadata['about']} (default {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
@@ -863,7 +863,7 @@ def read_idx(path, digest=""):
             head = file.read(4)
             sizes = file.read(4 * head[3])
             shape = struct.unpack(f">{head[3]}I", sizes)
-            if head[:3] != b"\0\0\x08" or not 0 < math.prod(shape) < 2**31:
+            if head[:3] != b"\0\0\x08" or not 0 < math.prod(shape) < 2**30:
                 raise ValueError("it holds no bytes, or too many")
             body = file.read(math.prod(shape) + 1)
         if len(body) != math.prod(shape):
