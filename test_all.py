@@ -482,7 +482,7 @@ def test_what_a_run_leaves(reference, capsys):
     assert decode_png((reference / "samples.png").read_bytes())[0].shape == (58, 7 * 58, 1)
     assert decode_png((reference / "map.png").read_bytes())[0].shape == (20 * 58, 20 * 58, 1)
     still, frames = decode_png((reference / "walk.png").read_bytes())
-    assert len(frames) == 24 and still.shape == frames[0].shape == (3 * 58, 10 * 58, 1)
+    assert len(frames) == 24 and still.shape == frames[0].shape == (3 * 58, 8 * 58, 1)
     rows = rows_of(reference)
     assert [row["step"] for row in rows] == ["20", "40", "45"]
     assert float(rows[0]["loss"]) > float(rows[2]["loss"]) and not rows[0]["test_bound"]

@@ -410,10 +410,9 @@ def draw_reconstructions(run, model, test):
     run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
 
 
-def draw_walk(run, model, test, rows=3, columns=10, stops=4, frames=24):
-    """walk.png: 30 walkers stroll in straight lines from test picture to test picture, four each.
-
-    The still image, for viewers without animation, has the first three walks but for the way home.
+def draw_walk(run, model, test, rows=3, columns=8, stops=4, frames=24):
+    """walk.png: 24 walkers stroll in straight lines from test picture to test picture, four each,
+    and home again. The still image, for viewers without animation, has the first three walks.
     """
     codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
     codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
@@ -422,8 +421,7 @@ def draw_walk(run, model, test, rows=3, columns=10, stops=4, frames=24):
             leg, way = divmod(frame * stops / frames, 1)
             z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
             film.append(model.decode(z).sigmoid().cpu())                      # (walkers, 1, H, W)
-    still = [frame[:rows] for frame in film[::frames // columns][:columns]]
-    still = torch.stack(still, 1).flatten(0, 1)                               # row by row
+    still = torch.stack([frame[:rows] for frame in film[::frames // columns]], 1).flatten(0, 1)
     run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
 
 
