@@ -208,6 +208,17 @@ def test_drawn_digits_are_what_their_labels_say():
     assert (digit[:2500][nearest] == digit[2500:]).float().mean() > 0.9
 
 
+def test_the_built_in_set(monkeypatch):
+    """60,000 and 10,000 pictures (here a hundredth of them) from different seeds, forty kinds."""
+    draw = vae.draw_digits
+    monkeypatch.setattr(vae, "draw_digits", lambda count, seed: draw(count // 100, seed))
+    images = vae.load_images("digits", "")
+    assert len(images.train) == 600 and len(images.test) == 100 and len(set(images.names)) == 40
+    assert not torch.equal(images.train[:100], images.test)
+    assert images.names[3] == "thin upright three" and images.names[19] == "bold upright nine"
+    assert images.names[20] == "thin slanted zero"
+
+
 # ==== Pictures ====================================================================================
 
 
@@ -278,11 +289,15 @@ def test_grid_of_any_number(n):
 
 
 def tiny_vae(**settings):
+    """A model whose posterior is not the prior, and whose decoder heeds its code."""
     torch.manual_seed(0)
     model = vae.VAE(vae.Config(**({"latent_dim": 3, "width": 4} | settings)))
-    with torch.no_grad():  # a posterior unlike the prior, and a decoder that heeds its code
+    with torch.no_grad():
         for linear in (model.encoder[-1], model.decoder[0]):
             linear.weight.mul_(3)
+        mean, logvar = model.encoder[-1].bias.chunk(2)
+        mean.add_(0.7)
+        logvar.sub_(0.4)
     return model
 
 
@@ -377,6 +392,16 @@ def test_epochs_visit_every_row_once():
         assert seen[:count] != seen[count:2 * count] or count < 4
 
 
+def test_chance_differs_from_step_to_step_and_is_the_same_again(tmp_path):
+    def chance(**settings):
+        out = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+        run = vae.Run(vae.Config(out=out, steps=5, **settings))
+        return [torch.rand(()).item() for _ in run.steps()]
+
+    once, again, other = chance(), chance(), chance(seed=1)
+    assert once == again and len({*once, *other}) == 10
+
+
 def test_judge_weighs_a_short_last_batch_rightly(data):
     images = vae.load_images(str(data), "")
     model = tiny_vae(kind="ae", test_images=45)
@@ -385,7 +410,11 @@ def test_judge_weighs_a_short_last_batch_rightly(data):
     with torch.no_grad():
         expected = vae.log_bernoulli(model.decode(model.encode(x)[0]), x).mean().item()
     assert figures == {"test_reconstruction": pytest.approx(expected, rel=1e-5)}
-    figures = vae.judge(tiny_vae(test_images=45, draws=8), images.test)
+    model = tiny_vae(test_images=45, draws=50)  # 20, 20 and 5 at a time
+    figures = vae.judge(model, images.test)
+    with torch.no_grad():
+        expected = vae.kl_divergence(*model.encode(x)).mean().item()
+    assert figures["test_kl"] == pytest.approx(expected, rel=1e-5)
     assert figures["test_elbo"] <= figures["test_bound"] and figures["test_kl"] > 0
     difference = figures["test_reconstruction"] - figures["test_kl"]
     assert figures["test_elbo"] == pytest.approx(difference)
