@@ -210,9 +210,11 @@ def test_drawn_digits_are_what_their_labels_say():
 
 def test_the_built_in_set(monkeypatch):
     """60,000 and 10,000 pictures (here a hundredth of them) from different seeds, forty kinds."""
-    draw = vae.draw_digits
-    monkeypatch.setattr(vae, "draw_digits", lambda count, seed: draw(count // 100, seed))
+    draw, seeds = vae.draw_digits, set()
+    monkeypatch.setattr(vae, "draw_digits",
+                        lambda count, seed: seeds.add(seed) or draw(count // 100, seed))
     images = vae.load_images("digits", "")
+    assert len(seeds) == 2
     assert len(images.train) == 600 and len(images.test) == 100 and len(set(images.names)) == 40
     assert not torch.equal(images.train[:100], images.test)
     assert images.names[3] == "thin upright three" and images.names[19] == "bold upright nine"
