@@ -17,10 +17,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+
+import vae  # before torch, whose import it keeps from warning where numpy is missing
+
 import torch
 from torch import distributions
-
-import vae
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = [p for p in sorted(HERE.glob("*.py")) if p.name != "test_all.py"]
