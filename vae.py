@@ -287,8 +287,7 @@ def train(config):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=100)
             run.log(loss=loss, grad_norm=grad_norm)  # raises FloatingPointError if not finite
-            # Update.
-            share = schedule((step + 0.5) / config.steps)
+            share = schedule((step + 0.5) / config.steps)  # and now the update
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
             if run.due(10):  # now and then, to see how it comes on
@@ -735,7 +734,7 @@ class Run:
 
 
 # ---- block: pictures (the same in every file) ----
-# PNG and animated PNG, written with zlib alone.
+# PNG and animated PNG, written with zlib alone. Needs the block runs.
 import struct
 
 
@@ -778,6 +777,7 @@ def png(still, frames=(), milliseconds=100):
 
 # ---- block: images (the same in every file) ----
 # Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
+# Needs the blocks runs and pictures.
 from collections import namedtuple
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
