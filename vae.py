@@ -26,7 +26,7 @@ Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), ma
 of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with
 the settings of the checkpoint where none are given; on a finished model it only samples (--seed 1:
 other samples). On two cores (AMD EPYC, Zen 5) the plain command takes two minutes; on MNIST, nine
-minutes give log p(x) >= -83.7 nats a picture. README.md has all figures.
+minutes give log p(x) >= -83.7 nats a picture.
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
@@ -79,11 +79,6 @@ class Config:
             fail("--kind ae has no KL term and no L_k, and L_k no --beta: give one of the three")
 
 
-NAME = "vae"  # of the script, in its checkpoints
-FIXED = ("kind", "beta", "importance", "latent_dim", "width", "data", "batch_size", "seed")
-JUDGING = ("draws", "test_images")  # when one changes, a trained model is judged again
-
-
 # ==== 1. The pictures =============================================================================
 # load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
 # the channels, height and width of a picture, here 1, 28, 28; L is latent_dim.
@@ -92,9 +87,8 @@ JUDGING = ("draws", "test_images")  # when one changes, a trained model is judge
 def binarise(pictures, generator=None):
     """Bytes (B, 1, H, W) -> floats 0 or 1: a pixel is ink with the probability of its grey.
 
-    It is drawn afresh each time a picture is seen, so the data never quite repeat. A pixel is now
-    the toss of a coin, and "the probability of this picture" means something. Burda et al. 2015
-    (section 5) binarise so too; other ways give other likelihoods.
+    Drawn afresh each time, so the data never quite repeat. And with pixels that are tosses of coins
+    "the probability of this picture" has a meaning. (Burda et al. 2015, section 5, binarise so.)
     """
     return torch.bernoulli(pictures.float() / 255, generator=generator)
 
@@ -431,6 +425,11 @@ def main(argv=None):
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
+# What they ask of this file: its name in checkpoints and folders, the settings that may not change
+# once training has begun, and those on whose change a trained model is judged again.
+NAME = "vae"
+FIXED = ("kind", "beta", "importance", "latent_dim", "width", "data", "batch_size", "seed")
+JUDGING = ("draws", "test_images")
 
 
 # ---- block: runs (the same in every file) ----
