@@ -418,6 +418,10 @@ def test_judge_weighs_a_short_last_batch_rightly(data):
     with torch.no_grad():
         expected = vae.kl_divergence(*model.encode(x)).mean().item()
     assert figures["test_kl"] == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        log_w = torch.cat([w for _, w in vae.weigh(model, x, 50, vae.seeded("draws"))]).double()
+    expected = log_w.exp().mean(1).log().mean().item()  # L_50, written as in the paper
+    assert figures["test_bound"] == pytest.approx(expected, rel=1e-5)
     assert figures["test_elbo"] <= figures["test_bound"] and figures["test_kl"] > 0
     difference = figures["test_reconstruction"] - figures["test_kl"]
     assert figures["test_elbo"] == pytest.approx(difference)
