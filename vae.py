@@ -549,6 +549,12 @@ def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
 
 
+def leading():
+    """Of several processes that train together (block ranks), one writes and speaks: is it this?"""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not together or torch.distributed.get_rank() == 0
+
+
 def to_bytes(tensor):
     tensor = tensor.cpu().contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
@@ -556,6 +562,8 @@ def to_bytes(tensor):
 
 def write_file(path, content):
     """Write a file whole or not at all: beside it, flushed, then renamed over it."""
+    if not leading():
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -607,6 +615,7 @@ class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
     kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.written = config, saved, {}
@@ -663,7 +672,8 @@ class Run:
 
         if self.step >= total:
             return
-        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME) as bar:
+        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME,
+                                    disable=not leading()) as bar:
             self.judged = False
             self.save()  # a folder that cannot be written is better known before the work
             clock = last_save = time.perf_counter()
@@ -679,11 +689,12 @@ class Run:
                     self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)} | row)
                     self.sums = {}
                     bar.set_postfix({name: f"{mean:.4g}" for name, mean in row.items()})
-                if stopped_by or self.step == total or now > last_save + 30:
+                stop_now = self.agree(stopped_by[0] if stopped_by else 0)
+                if stop_now or self.step == total or now > last_save + 30:
                     self.save()
                     last_save = time.perf_counter()
-                if stopped_by:
-                    raise KeyboardInterrupt(stopped_by[0])
+                if stop_now:
+                    raise KeyboardInterrupt(stop_now)
 
     def due(self, times):
         """True when another of ``times`` equal parts of the run is done, except for the last."""
@@ -694,7 +705,7 @@ class Run:
         """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
         FloatingPointError stops the run when a figure is not finite."""
         for name, value in figures.items():
-            number = value.item()
+            number = float(value)
             if not math.isfinite(number):
                 raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
@@ -703,7 +714,8 @@ class Run:
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""
         state = {name: getattr(self, name) for name in self.kept}
-        state |= {"script": NAME, "config": asdict(self.config) | {"restart": False}}
+        plain = {f.name: False for f in fields(self.config) if f.default is False}
+        state |= {"script": NAME, "config": asdict(self.config) | plain}  # such flags pass
         state |= {name: thing.state_dict() for name, thing in self.saved.items()}
         memory = io.BytesIO()
         torch.save(state, memory)
@@ -725,10 +737,13 @@ class Run:
         self.written[name] = str(self.path.with_name(name))
 
     def report(self):
+        if not leading():
+            return
         held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
         print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
               ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
-        print("wrote", ", ".join(self.written.values()))
+        if self.written:
+            print("wrote", ", ".join(self.written.values()))
 # ---- end block ----
 
 

@@ -1,0 +1,1007 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "tqdm>=4.66"]
+# ///
+# SPDX-License-Identifier: MIT
+"""GPT: guess the next token; a good guesser, fed with its own guesses, is a writer.
+
+    text      "To be, or not to be"
+                 | bytes, and those that often stand together merged
+    tokens    [To] [ be] [,]  [ or]  [ not] [ to]
+                 | the Transformer: each token gathers what it needs from those on its left
+    guesses   [ be] [,] [ or] [ not] [ to]  [ be]      at each place, a probability for every token
+                 | draw one, append it, guess again
+    text      a new one
+
+Any text teaches it, without a teacher: the answer to "what comes next?" stands right there. To
+guess well it has to spell, to close brackets, to remember who is speaking; nobody programs that.
+
+    python gpt.py                                            on the manual inside every Python
+    python gpt.py --prompt "The for statement"               once trained: let it go on from there
+    python gpt.py --prompt "for i in" --explain              what it thinks comes next
+    python gpt.py --data shakespeare --steps 1000            Shakespeare (1 MB, downloaded once)
+    python gpt.py --data ~/notes                             your own file, or folder of files
+    python gpt.py --data shakespeare --layers 6 --heads 6 --width 384 --dropout 0.2 --block-size 256
+        --batch-size 64 --steps 2000 --compile --out out/gpu        on a GPU; on N of them, with
+    torchrun --nproc-per-node=N gpt.py ...                          in place of python gpt.py
+
+Look into out/gpt: samples.txt, metrics.csv, checkpoint.pt. The same command again goes on where it
+stopped, with the settings of the checkpoint where none are given; on a finished model it only
+writes (--seed 1: another text).
+
+Papers: Radford et al. 2018 and 2019 (GPT and GPT-2); Vaswani et al. 2017 (arXiv:1706.03762), the
+Transformer. What has changed since is named, with its paper, where it stands.
+"""
+import codecs
+import math
+import re
+import sys
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from tqdm import tqdm
+
+with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+
+def knob(default, about, *within):
+    """A setting: its default, its meaning, and its choices or its lowest and highest value."""
+    return field(default=default, metadata={"about": about, "within": within})
+
+
+@dataclass
+class Config:
+    """Every setting, model first; the command line is made from it."""
+    vocab_size: int = knob(512, "256: bytes; each one more is a merged pair", 256, 2**16)
+    block_size: int = knob(128, "tokens that a guess can look back on", 2, 2**16)
+    layers: int = knob(4, "blocks of attention and MLP", 1, 200)
+    heads: int = knob(4, "attention patterns in a layer; they share the width", 1, 256)
+    width: int = knob(192, "numbers that stand for a token inside", 2, 2**14)
+    dropout: float = knob(0.0, "share zeroed in training, against learning by heart", 0, 0.9)
+    steps: int = knob(1500, "optimiser steps in all", 1, 10**8)
+    batch_size: int = knob(16, "stretches of block_size tokens a step", 1, 2**16)
+    micro_batches: int = knob(1, "parts in which a batch is computed, to save memory", 1, 2**16)
+    learning_rate: float = knob(0.03, "peak of Muon's; AdamW has a third of it", 0, 1)
+    compile: bool = knob(False, "torch.compile: a minute of patience; worth it on a GPU")
+    prompt: str = knob("", "what the text goes on from; - reads it from stdin")
+    tokens: int = knob(400, "how many to write", 1, 10**8)
+    temperature: float = knob(0.8, "below 1: safer, 0: always the likeliest", 0, 100)
+    top_k: int = knob(0, "draw from the k likeliest tokens only; 0: from all", 0, 2**16)
+    top_p: float = knob(1.0, "draw from the likeliest that make up this share", 0, 1)
+    explain: bool = knob(False, "list the likeliest next tokens instead of writing")
+    samples: int = knob(1, "texts to write", 1, 10**4)
+    data: str = knob("manual", "manual (of this Python), shakespeare, a text file, or a folder")
+    data_dir: str = knob("data", "where downloads are kept")
+    seed: int = knob(0, "of the run; once it is finished, of the texts alone", 0, 2**31)
+    device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
+    out: str = knob("", "folder of the results; if empty, out/gpt, and data if unusual")
+    restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
+
+    def __post_init__(self):
+        check_config(self)
+        if self.width % (2 * self.heads):
+            fail(f"--width {self.width} must be a multiple of twice --heads {self.heads}")
+
+
+# ==== 1. The text =================================================================================
+KINDS = ".txt .md .rst .tex .html .csv .json .toml .py .c .h .cpp .rs .go .java .js .ts".split()
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+
+def load_text(name, data_dir):
+    """-> two str, to train on and held out: the last 10 % (of the manual, some whole topics)."""
+    path = Path(data_dir, "shakespeare.txt") if name == "shakespeare" else Path(name).expanduser()
+    if name == "manual":
+        return load_manual()
+    if name == "shakespeare" and not path.exists():
+        download([SHAKESPEARE[0]], path, SHAKESPEARE[1])
+    if not path.exists():
+        fail(f"no data {name}: give manual, shakespeare, a text file, or a folder of them")
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
+    text = "\n".join(read_text(path) for path in paths)
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def read_text(path):
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is no text in UTF-8: byte {error.start} is {error.reason}")
+    return text if "\0" not in text else fail(f"{path} is no text: it has a NUL byte")
+
+
+def load_manual():
+    """The topics of Python's help(), about 0.4 MB of English and code.
+
+    They repeat each other, so a paragraph counts once, where it stands first. Held out are about a
+    tenth of the topics, chosen by their names. On Python 3.11, of the characters held out, 1 % are
+    in lines that training has, too: headings, and short lines of code.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        fail("this Python has no manual (pydoc_data.topics): give --data a text file")
+    seen, parts = set(), ([], [])
+    for name, topic in sorted(topics.items()):
+        fresh = []
+        for paragraph in topic.split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                fresh.append(paragraph.rstrip())
+        held_out = zlib.crc32(name.encode()) % 10 == 0
+        parts[held_out].append("\n\n".join(fresh))
+    return "\n\n\n".join(parts[0]), "\n\n\n".join(parts[1])
+
+
+# ==== 2. Text to tokens ===========================================================================
+# A token is a number. The simplest are the 256 bytes of UTF-8: any text in any language is a row of
+# them. But then "the" takes three guesses. Byte-pair encoding (Gage 1994; Sennrich et al. 2015,
+# arXiv:1508.07909) makes the most frequent pair of neighbours a new token, and does so again:
+#
+#     t h e _ c a t _ t h e   ->   th e _ c a t _ th e   ->   the _ c a t _ the
+#
+# The text gets shorter: a block reaches further back, and a step reads more. Merges stay inside of
+# words, or "dog." and "dog," would become tokens. A word has the space before it:
+WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,40}| ?\d{1,40}| ?[^\sA-Za-z\d\x80-\xff]{1,40}"
+                   rb"|\s{1,40}(?!\S)|\s")
+
+
+def merge(word, pair, token):
+    """A list of tokens in which every ``pair``, from the left, has become the one ``token``."""
+    merged = []
+    for t in word:
+        if merged and (merged[-1], t) == pair:
+            merged[-1] = token
+        else:
+            merged.append(t)
+    return merged
+
+
+def learn_merges(text, count):
+    """Bytes -> at most ``count`` pairs: pair i becomes token 256 + i. Fewer if none repeats.
+
+    A pair is sought only in the words that have it, and equal words are one: 1 MB takes seconds.
+    """
+    words = [(list(word), n) for word, n in Counter(WORDS.findall(text)).items()]
+    pairs, where = Counter(), defaultdict(set)  # how often each pair stands, and in which words
+    for i, (word, n) in enumerate(words):
+        for pair in pairwise(word):
+            pairs[pair] += n
+            where[pair].add(i)
+    merges = []
+    while len(merges) < count and pairs:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        for i in where.pop(best):
+            word, n = words[i]
+            after = merge(word, best, 256 + len(merges))
+            for pair in pairwise(word):
+                pairs[pair] -= n
+            for pair in pairwise(after):
+                pairs[pair] += n
+                where[pair].add(i)
+            words[i] = after, n
+        del pairs[best]
+        merges.append(best)
+    return merges
+
+
+class Tokenizer(nn.Module):
+    """Bytes <-> tokens. It is a Module so that its merges travel with the weights."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.register_buffer("merges", torch.full((vocab_size - 256, 2), -1))  # -1: none learned
+
+    def learn(self, text):
+        merges = learn_merges(text.encode(), len(self.merges))
+        self.merges[:len(merges)] = torch.tensor(merges, dtype=torch.long).view(-1, 2)
+
+    def encode(self, text):
+        """str or bytes -> list of tokens."""
+        text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+        ranks = {tuple(pair): 256 + i for i, pair in enumerate(self.merges.tolist())}
+        known, tokens = {}, []
+        for word in WORDS.findall(text):
+            if word not in known:  # apply the merges in the order in which they were learned
+                parts = list(word)
+                while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+                    first = min(pairs, key=ranks.get)
+                    parts = merge(parts, first, ranks[first])
+                known[word] = parts
+            tokens += known[word]
+        return tokens
+
+    def pieces(self):
+        """The bytes of every token. (Not a str: a token may end inside a character.)"""
+        pieces = [bytes([i]) for i in range(256)]
+        for left, right in self.merges.tolist():
+            pieces.append(b"" if left < 0 else pieces[left] + pieces[right])
+        return pieces
+
+    def decode(self, tokens):
+        """list of tokens -> bytes."""
+        pieces = self.pieces()
+        return b"".join(pieces[token] for token in tokens)
+
+
+# ==== 3. The Transformer ==========================================================================
+# B is the batch, T the tokens in a stretch of text, W the width, H the heads, D = W / H, V the
+# vocabulary. W numbers stand for a token, and every layer adds to them: attention what it fetched
+# from tokens on the left, the MLP what it made of that. This sum, the residual stream, is never
+# overwritten, and gradients pass it unharmed. Linear layers have no biases; none is missed.
+
+
+def rotations(count, size):
+    """Cosines and sines (count, size / 2) of position times speed; the speeds fall from 1 to about
+    1 / 10000 (RoPE: Su et al. 2021, arXiv:2104.09864, section 3.2.2)."""
+    speed = 10000 ** -(torch.arange(0, size, 2) / size)
+    angle = torch.arange(count)[:, None] * speed
+    return torch.stack([angle.cos(), angle.sin()])                              # (2, count, D / 2)
+
+
+def rotate(x, rotation):
+    """Mark queries or keys (B, H, T, D) with their positions; ``rotation`` (2, T, D / 2).
+
+    Attention compares by dot products, and they see no order. So each pair of numbers (a, b) in a
+    query or key is turned, like the hand of a clock, by an angle that grows with the position: the
+    first pair fast, the others slower and slower. The product of two turned pairs depends on the
+    difference of their angles alone: on how far apart two tokens are, not on where they stand.
+    GPT-2 added a learned vector for each position instead, and had to learn "one to the left" anew
+    at every place.
+    """
+    (cos, sin), (a, b) = rotation.to(x.dtype), x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Each token asks (query), each offers (key), and where they match it fetches (value):
+
+        softmax( q k^T / sqrt(D) + mask ) v       (Vaswani et al. 2017, equation 1), H times over
+
+    The mask keeps a token from seeing what it is to guess. Row: who looks; column: at whom.
+
+                To  be   ,  or
+          To     x   .   .   .       x: may look
+          be     x   x   .   .       .: minus infinity, so the softmax gives it no weight at all
+           ,     x   x   x   .
+          or     x   x   x   x       one stretch of T tokens thus teaches T guesses in one pass
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, rotation, past=None):
+        """(B, T, W) -> (B, T, W). ``past`` (chapter 6) is a list: [] at first, then the keys and
+        values of the tokens before these, to which those of these are added."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, mask = rotate(q, rotation), rotate(k, rotation), None         # (B, H, T, D) each
+        if past:
+            before = past[0].shape[2]
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
+            mask = mask.tril(before)  # row t is token before + t
+        if past is not None:
+            past[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """(B, T, W) -> (B, T, W), each token by itself: SwiGLU (Shazeer 2020, arXiv:2002.05202). One
+    half of the inner numbers, through SiLU, says how much of the other half passes."""
+
+    def __init__(self, width):
+        super().__init__()
+        inner = -(-8 * width // 48) * 16  # 8/3 of the width: as many weights as GPT-2's 4, ungated
+        self.up = nn.Linear(width, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """x + attention, then x + MLP. Each first brings its input to unit size: normalising before,
+    not after (Xiong et al. 2020, arXiv:2002.04745), leaves the residual stream alone, and training
+    is stable from the start. RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm without
+    the mean and the bias, which do nothing here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(config.width, eps=1e-6) for _ in range(2))
+        self.attention = Attention(config.width, config.heads)
+        self.mlp = MLP(config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotation, past=None):
+        x = x + self.drop(self.attention(self.norm1(x), rotation, past))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """Tokens (B, T) -> logits (B, T, V): at each place, a score for every token as the next one."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokenizer = Tokenizer(config.vocab_size)
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        rotation = rotations(config.block_size, config.width // config.heads)
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        # What writes into the residual stream starts at zero: every block begins as "do nothing",
+        # and the head with all tokens equally likely, a loss of ln V. The rest keeps its size.
+        nn.init.normal_(self.embedding.weight, std=0.3)
+        for block in self.blocks:
+            for layer in (block.attention.qkv, block.mlp.up):
+                nn.init.normal_(layer.weight, std=config.width**-0.5)
+            for layer in (block.attention.out, block.mlp.out):
+                nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens, cache=None):
+        """``cache`` (chapter 6): a list for each block, in which it keeps its keys and values."""
+        first = cache[0][0].shape[2] if cache and cache[0] else 0
+        rotation = self.rotation[:, first:first + tokens.shape[1]]               # (2, T, D / 2)
+        x = self.drop(self.embedding(tokens))                                        # (B, T, W)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotation, cache[i] if cache else None)
+        return self.head(self.norm(x))                                               # (B, T, V)
+
+
+# ==== 4. The objective ============================================================================
+# At each place the loss is -log p(the token that came): the cross entropy. In nats; divided by ln 2
+# it is bits, and that is what an arithmetic coder that knows this model would need to store the
+# token. To guess well is to compress well. A loss per token means little, since tokens differ in
+# length; so it is counted per byte of text. 8 bits per byte is knowing nothing.
+
+
+def nats_per_byte(model, text):
+    """Cross entropy of a str under the model, in nats per byte; divide by ln 2 for bits per byte.
+
+    The text is read in stretches of block_size that do not overlap, so the first guesses of each
+    have little to go by. The very first token is not guessed, and its bytes do not count.
+    """
+    T, tokens = model.config.block_size, torch.tensor(model.tokenizer.encode(text))
+    if len(tokens) < 2:
+        fail("a text of two tokens or more is needed: the first is not guessed")
+    pad, nats = -(len(tokens) - 1) % T, 0.0
+    x = F.pad(tokens[:-1], (0, pad)).view(-1, T).to(model.head.weight.device)
+    y = F.pad(tokens[1:], (0, pad), value=-100).view(-1, T).to(x.device)  # -100 does not count
+    with evaluating(model):
+        for xs, ys in zip(x.split(32), y.split(32), strict=True):
+            logits = model(xs).flatten(0, 1).float()                              # (B * T, V)
+            nats += F.cross_entropy(logits, ys.flatten(), reduction="sum").item()
+    return nats / len(model.tokenizer.decode(tokens[1:].tolist()))
+
+
+# ==== 5. Training =================================================================================
+
+
+class Muon(torch.optim.Optimizer):
+    """For the matrices in the blocks (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    A gradient matrix U S V^T has few strong directions and many weak ones, and the strong take all
+    of the step. Muon steps by about U V^T: all directions equally. That takes no decomposition:
+    x <- a x + b (x x^T) x + c (x x^T)^2 x  brings singular values near 1, three times as well as
+    the customary five here, for less. (torch.optim.Muon iterates in bfloat16, slow on a CPU.)
+    """
+
+    def __init__(self, matrices):
+        super().__init__(matrices, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            lr, wide = self.param_groups[0]["lr"], p.shape[0] < p.shape[1]
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(momentum, 0.95)                                  # Nesterov's momentum
+            x = (x if wide else x.mT) / (x.norm() + 1e-7)             # singular values below 1
+            for _ in range(3):
+                square = x @ x.mT
+                x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+            p.mul_(1 - 0.1 * lr)                                                    # weight decay
+            p.sub_(x if wide else x.mT, alpha=lr * max(1, p.shape[0] / p.shape[1])**0.5)
+
+
+def make_optimizers(model):
+    """Muon for the blocks' matrices; AdamW for embedding and head, whose rows are tokens and not
+    directions of one space, and for the norms' scales. Every parameter is in exactly one."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
+
+
+def schedule(progress):
+    """Share of the peak learning rate at ``progress`` 0 to 1: a short ramp, then down to zero."""
+    return min(1.0, progress / 0.02) * (1 - progress)
+
+
+def prepare(run, model, text, held_out):
+    """-> the tokens of ``text`` (N,). Merges are learned when a run begins, later restored."""
+    if run.step == 0:
+        model.tokenizer.learn(text)
+    tokens, others = (torch.tensor(model.tokenizer.encode(t)) for t in (text, held_out))
+    if len(tokens) < 2 * run.config.block_size + 1 or len(others) < 2:
+        fail(f"--data {run.config.data} is too short: {len(tokens)} tokens to train on, "
+             f"{len(others)} held out; a block is {run.config.block_size}")
+    run.same_data(tokens, others)
+    return tokens
+
+
+def gradients(model, batch, parts):
+    """Tokens (B, T + 1) -> the mean loss of all guesses, in nats; its gradients are in p.grad.
+
+    A batch too large for the memory comes in parts, whose gradients add up to those of the whole.
+    """
+    total = torch.zeros((), device=batch.device)
+    for part in batch.chunk(parts):
+        with torch.autocast(batch.device.type, torch.bfloat16, batch.device.type == "cuda"):
+            logits = model(part[:, :-1])                                            # (b, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+        loss = loss / batch[:, 1:].numel()
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def train(config):
+    """Train what is left to train, judge, write, all into ``config.out`` -> the GPT in eval mode.
+
+    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
+    KeyboardInterrupt (it was stopped; the same call goes on).
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    model = GPT(config).to(device)
+    muon, adamw = make_optimizers(model)
+    run = Run(config, model=model, optimizer_muon=muon, optimizer_adamw=adamw)
+    run.agree = highest
+    if not run.finished:
+        with leader_first():
+            text, held_out = load_text(config.data, config.data_dir)
+        tokens, T = prepare(run, model, text, held_out), config.block_size
+        tokens_per_byte = len(tokens) / len(text.encode())
+        compiled = torch.compile(model) if config.compile else model
+        for step in run.steps():
+            # Stretches in this epoch's order; jittered, so no two epochs cut the text alike.
+            starts = run.batch_rows(len(tokens) // T - 1) * T
+            starts = my_share(starts + torch.randint(T, starts.shape))
+            batch = tokens[starts[:, None] + torch.arange(T + 1)].to(device)        # (B, T + 1)
+            # Guess every next token, be told, and see which way to move every weight.
+            loss = gradients(compiled, batch, config.micro_batches)
+            average([loss, *(p.grad for p in model.parameters())])  # over all processes, if several
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1)
+            run.log(nats_per_byte=loss * tokens_per_byte, grad_norm=grad_norm)
+            rate = config.learning_rate * schedule((step + 0.5) / config.steps)
+            for optimizer, share in ((muon, 1), (adamw, 1 / 3)):
+                optimizer.param_groups[0]["lr"] = rate * share
+                optimizer.step()
+                optimizer.zero_grad()
+            if run.due(5):
+                run.log(held_out=nats_per_byte(model, held_out[:20000]))
+        nats = nats_per_byte(model, held_out)
+        run.finish({"test_nats_per_byte": nats, "test_bits_per_byte": nats / math.log(2)})
+    if leading():
+        write_samples(run, model)
+    run.report()
+    return model.eval()
+
+
+# ==== 6. Writing ==================================================================================
+# Predict, draw, append, predict again. What a token's keys and values are depends on nothing to its
+# right, so they never change: they are kept (the KV cache), and only the newest token is computed.
+# When block_size tokens are in view, the model goes on from the last half of them: positions count
+# from 0 again, and one pass fills a new cache. So a token costs the same however much is written.
+
+
+class Context:
+    """What the model has in view as it writes: ``tokens``, at most block_size, read once each."""
+
+    def __init__(self, model):
+        self.model, self.tokens, self.cache = model, [], []
+
+    def read(self, new):
+        """Append a list of tokens -> logits (V,) of the next one, as model(tokens) would say."""
+        size = self.model.config.block_size
+        if len(self.tokens) + len(new) > size:
+            self.tokens, new = [], (self.tokens + new)[-(size // 2):]
+        if not self.tokens:
+            self.cache = [[] for _ in self.model.blocks]
+        self.tokens = self.tokens + new
+        with evaluating(self.model):
+            x = torch.tensor([new], device=self.model.head.weight.device)
+            return self.model(x, self.cache)[0, -1].float().cpu()
+
+
+def choose(logits, temperature, top_k, top_p, generator=None):
+    """Logits (V,) -> a token, drawn from softmax(logits / temperature).
+
+    The many unlikely tokens are together not unlikely, and one of them can derail a text. So only
+    the top_k likeliest may be drawn (0: all), and of them the fewest that make up a share of top_p
+    (the nucleus: Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax().item()
+    p = ((logits - logits.max()) / temperature).softmax(0)
+    p, order = p.sort(descending=True)
+    keep = p.cumsum(0) - p < top_p  # those before it do not make up the share yet
+    keep[0] = True
+    if top_k:
+        keep[top_k:] = False
+    return order[torch.multinomial(p * keep, 1, generator=generator)].item()
+
+
+def stream(model, prompt, tokens, temperature=0.8, top_k=0, top_p=1.0, seed=None):
+    """Yield the continuation of ``prompt`` token by token, as str: what ends inside a character
+    waits for the rest of it. A prompt that is empty stands for a new line."""
+    noise = None if seed is None else seeded(seed, "text")
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    context, pieces = Context(model), model.tokenizer.pieces()
+    new = model.tokenizer.encode(prompt or "\n")
+    for _ in range(tokens):
+        new = [choose(context.read(new), temperature, top_k, top_p, noise)]
+        yield utf8.decode(pieces[new[0]])
+
+
+def generate(model, prompt, tokens=200, temperature=0.8, top_k=0, top_p=1.0, seed=None):
+    """-> str, the continuation alone. The same seed gives the same text; None draws from torch's
+    global generator."""
+    return "".join(stream(model, prompt, tokens, temperature, top_k, top_p, seed))
+
+
+def explain(model, prompt, count=10):
+    """The likeliest next tokens after ``prompt`` -> a list of (token as bytes, probability)."""
+    logits = Context(model).read(model.tokenizer.encode(prompt or "\n"))
+    p, order = logits.softmax(0).sort(descending=True)
+    pieces = model.tokenizer.pieces()
+    return [(pieces[t], q) for t, q in zip(order[:count].tolist(), p[:count].tolist(), strict=True)]
+
+
+def speak(text):
+    """To the terminal at once, whatever characters it knows."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+
+
+def write_samples(run, model):
+    """Stream texts to the terminal, and into samples.txt; or the list that --explain asks for."""
+    c, texts = run.config, []
+    prompt = sys.stdin.read().removesuffix("\n") if c.prompt == "-" else c.prompt
+    if c.explain:
+        speak(f"after {prompt!r}:\n")
+        for piece, p in explain(model, prompt):
+            speak(f"{p:7.1%}  {piece.decode('utf-8', 'replace')!r}\n")
+        return
+    for i in range(c.samples):
+        texts.append(prompt)
+        speak(prompt)
+        for piece in stream(model, prompt, c.tokens, c.temperature, c.top_k, c.top_p, c.seed + i):
+            speak(piece)
+            texts[-1] += piece
+        speak("\n\n")
+    run.write("samples.txt", f"\n{'-' * 80}\n".join(texts).encode("utf-8", "replace"))
+
+
+def load(path, device="cpu"):
+    """The model of a checkpoint, in eval mode. UserError if ``path`` is none of gpt.py's."""
+    state = read_checkpoint(path)
+    model = GPT(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval()
+
+
+def main(argv=None):
+    """The command line, ``argv`` or the process's own -> exit status (see launch)."""
+    with ranks():
+        return launch(argv, train)
+
+
+# ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
+# What they ask of this file: its name in checkpoints and folders, the settings that may not change
+# once training has begun, and those on whose change a trained model is judged again.
+NAME = "gpt"
+FIXED = ("vocab_size", "block_size", "layers", "heads", "width", "data", "batch_size", "seed")
+JUDGING = ()
+
+
+# ---- block: runs (the same in every file) ----
+# Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
+import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zlib
+import http.client, urllib.request
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the user can mend: on the command line one line on stderr and exit status 2."""
+
+
+def fail(message):
+    raise UserError(message)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config):
+    """Refuse a value out of range or of the wrong type, and give ``out`` its default."""
+    special = [NAME]
+    for f in fields(config):
+        value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if fits and within:
+            fits = value in within if kind is str else within[0] <= value <= within[1]
+        if not fits:
+            wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
+            fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name in ("kind", "generator", "data") and value != f.default:
+            special.append(Path(value).resolve().stem)
+    config.out = config.out or str(Path("out", "-".join(special)))
+
+
+def command_line(argv):
+    """Config from the flags that are given, then the checkpoint in ``--out``, then the defaults."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", None, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    for f in fields(Config):
+        how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        about = f"{f.metadata['about']} (default {f.default})".replace("%", "%%")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    path = Path(config.out, "checkpoint.pt")
+    if path.exists() and not config.restart:
+        config = Config(**(read_checkpoint(path)["config"] | given | {"out": config.out}))
+    return config
+
+
+def launch(argv, job):
+    """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    try:
+        with on_signals(stop):
+            job(command_line(argv))
+        return 0
+    except KeyboardInterrupt as error:
+        status = 128 + (error.args or (signal.SIGINT,))[0]
+        words = "stopped; the same command, less any --restart, goes on"
+    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
+    print(f"{NAME}.py:", *words.split(), file=sys.stderr)
+    return status
+
+
+@contextmanager
+def on_signals(handler):
+    """Inside, Ctrl-C and SIGTERM call ``handler``. Only the main thread may say so."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, no gradients and eval mode; afterwards the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    name = next(n for n in there if there[n]) if name == "auto" else name
+    return torch.device(name) if there[name] else fail(f"--device {name}: torch finds none here")
+
+
+def seed_of(*what):
+    """(seed, step), say -> 32 bits, all that torch's generator on a CPU takes."""
+    return zlib.crc32(repr(what).encode())
+
+
+def seeded(*what):
+    return torch.Generator().manual_seed(seed_of(*what))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
+
+
+def leading():
+    """Of several processes that train together (block ranks), one writes and speaks: is it this?"""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not together or torch.distributed.get_rank() == 0
+
+
+def to_bytes(tensor):
+    tensor = tensor.cpu().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def write_file(path, content):
+    """Write a file whole or not at all: beside it, flushed, then renamed over it."""
+    if not leading():
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def download(urls, path, digest):
+    """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
+    of its content, unpacked if it is a .gz."""
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                size = int(reply.headers.get("Content-Length") or 0) or None
+                with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
+                    content = b"".join(iter(lambda: body.read(1 << 16), b""))
+            unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
+            md5 = hashlib.md5(content, usedforsecurity=False)
+            if digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
+                return write_file(path, content)
+            trouble = f"{url}: wrong checksum"
+        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
+            trouble = f"{url}: {error}"
+    fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
+
+
+def read_checkpoint(path):
+    """What Run.save wrote, on the CPU. UserError where ``path`` is anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = state["script"] == NAME and Config(**state["config"])
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except Exception:  # torch.load raises a dozen kinds of error on junk
+        ours = False
+    return state if ours else fail(f"{path} is not a checkpoint of this {NAME}.py: choose another "
+                                   "--out, or give --restart to throw it away")
+
+
+class Run:
+    """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
+    it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
+    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
+
+    def __init__(self, config, **saved):
+        self.config, self.saved, self.written = config, saved, {}
+        self.path = Path(config.out, "checkpoint.pt")
+        self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
+        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        if self.path.exists() and not config.restart:
+            self.restore(read_checkpoint(self.path))
+
+    def restore(self, state):
+        begun, now = state["config"], asdict(self.config)
+        try:
+            vars(self).update({name: state[name] for name in self.kept})
+            self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
+            for name in FIXED:
+                if begun[name] != now[name] and not (name == "seed" and self.finished):
+                    self.refuse(f"began with {flag(name)} {begun[name]}")
+            for name, thing in self.saved.items():
+                thing.load_state_dict(state[name])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            self.refuse("does not fit this version of the script")
+
+    def refuse(self, why):
+        fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
+
+    @property
+    def finished(self):
+        """Trained and judged: only sampling is left."""
+        return self.judged and self.step >= self.config.steps
+
+    def same_data(self, *tensors):
+        """UserError if these are not the data with which the run began."""
+        crc = functools.reduce(lambda crc, tensor: zlib.crc32(to_bytes(tensor), crc), tensors, 0)
+        if self.data not in (None, crc):
+            self.refuse("began with other data")
+        self.data = crc
+
+    def batch_rows(self, count):
+        """Which of ``count`` rows make the batch: every epoch walks its own permutation of them."""
+        size = self.config.batch_size
+        first, last = self.step * size // count, ((self.step + 1) * size - 1) // count
+        order = [epoch_order(count, self.config.seed, epoch) for epoch in range(first, last + 1)]
+        return torch.cat(order)[self.step * size - first * count:][:size]
+
+    def steps(self):
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: a killed run
+        ends like one that was not, on one CPU. Saves every 30 s, when stopped, and at the end."""
+        total, stopped_by = self.config.steps, []
+
+        def stop(number, frame):
+            stopped_by.append(number)
+            if len(stopped_by) > 1:  # the second time, at once
+                raise KeyboardInterrupt(number)
+
+        if self.step >= total:
+            return
+        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME,
+                                    disable=not leading()) as bar:
+            self.judged = False
+            self.save()  # a folder that cannot be written is better known before the work
+            clock = last_save = time.perf_counter()
+            while self.step < total:
+                torch.manual_seed(seed_of(self.config.seed, self.step))
+                yield self.step
+                self.step += 1
+                bar.update()
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                if self.step % 20 == 0 or self.step == total:
+                    row = {n: round(sum(v) / len(v), 6) for n, v in self.sums.items()}
+                    self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)} | row)
+                    self.sums = {}
+                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in row.items()})
+                stop_now = self.agree(stopped_by[0] if stopped_by else 0)
+                if stop_now or self.step == total or now > last_save + 30:
+                    self.save()
+                    last_save = time.perf_counter()
+                if stop_now:
+                    raise KeyboardInterrupt(stop_now)
+
+    def due(self, times):
+        """True when another of ``times`` equal parts of the run is done, except for the last."""
+        part = self.config.steps / times
+        return self.step > 0 and self.step // part > (self.step - 1) // part
+
+    def log(self, **figures):
+        """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
+        FloatingPointError stops the run when a figure is not finite."""
+        for name, value in figures.items():
+            number = float(value)
+            if not math.isfinite(number):
+                raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
+                                         f"--learning-rate; {self.path} keeps the last good state")
+            self.sums.setdefault(name, []).append(number)
+
+    def save(self):
+        """checkpoint.pt, and metrics.csv as of the same step."""
+        state = {name: getattr(self, name) for name in self.kept}
+        plain = {f.name: False for f in fields(self.config) if f.default is False}
+        state |= {"script": NAME, "config": asdict(self.config) | plain}  # such flags pass
+        state |= {name: thing.state_dict() for name, thing in self.saved.items()}
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        write_file(self.path, memory.getbuffer())
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        rows = [[str(row.get(name, "")) for name in names] for row in self.rows]
+        self.write("metrics.csv", "".join(",".join(row) + "\n" for row in [names, *rows]).encode())
+
+    def finish(self, figures):
+        """The held-out figures go into the last row: the run is trained and judged."""
+        if not self.rows:  # stopped so early that there is none
+            self.rows.append({"step": self.step, "seconds": self.seconds})
+        self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
+        self.judged = True
+        self.save()
+
+    def write(self, name, content):
+        write_file(self.path.with_name(name), content)
+        self.written[name] = str(self.path.with_name(name))
+
+    def report(self):
+        if not leading():
+            return
+        held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
+        print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
+              ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
+        if self.written:
+            print("wrote", ", ".join(self.written.values()))
+# ---- end block ----
+
+
+# ---- block: ranks (the same in every file) ----
+# Several processes, one a GPU, that torchrun started on one machine, or on several with one disk:
+# each has its rows of every batch, and gradients are averaged over all. Needs the block runs.
+from torch import distributed as dist
+
+
+@contextmanager
+def ranks():
+    """Inside, the processes that torchrun started know each other. Without torchrun: nothing."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def my_share(rows):
+    """This process's equal share of a batch, (B, ...) -> (B / processes, ...)."""
+    if not dist.is_initialized():
+        return rows
+    if len(rows) % dist.get_world_size():
+        fail(f"--batch-size {len(rows)} does not divide among {dist.get_world_size()} processes")
+    return rows[dist.get_rank()::dist.get_world_size()]
+
+
+def average(tensors):
+    """Each float tensor becomes, in place, its mean over all processes."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def highest(number):
+    """The highest of all processes' numbers: what one is told (to stop, say), all are."""
+    if not dist.is_initialized():
+        return number
+    number = torch.tensor(number)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+@contextmanager
+def leader_first():
+    """One process does what is inside before the others do: what it downloads is there for all."""
+    if not leading():
+        highest(0)  # wait until the leader comes to the same call
+    yield
+    if leading():
+        highest(0)
+# ---- end block ----
+
+
+if __name__ == "__main__":
+    sys.exit(main())
