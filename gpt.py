@@ -107,6 +107,8 @@ def load_text(name, data_dir):
     paths = [path]
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
+        if not paths:
+            fail(f"{path} holds no text: it takes files that end in {', '.join(KINDS)}")
     text = "\n".join(read_text(path) for path in paths)
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
@@ -901,7 +903,7 @@ class Run:
         """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
         FloatingPointError stops the run when a figure is not finite."""
         for name, value in figures.items():
-            number = float(value)
+            number = torch.as_tensor(value).item()
             if not math.isfinite(number):
                 raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
-import vae  # before torch, whose import it keeps from warning where numpy is missing
+import gpt  # before torch, whose import it keeps from warning where numpy is missing
+import vae
 
 import torch
+import torch.nn.functional as F
 from torch import distributions
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +44,7 @@ def test_blocks_are_equal_to_the_letter():
             first, where = seen.setdefault(name, (body, script.name))
             diff = difflib.unified_diff(first.splitlines(), body.splitlines(), where, script.name)
             assert first == body, "\n".join(diff)
-    assert {"runs", "pictures", "images"} <= set(seen)
+    assert {"runs", "pictures", "images", "ranks"} <= set(seen)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -61,15 +63,19 @@ def test_a_script_stands_alone(script):
 def test_commands_in_print_are_understood(tmp_path, monkeypatch):
     """Every ``python vae.py ...`` in README and docstrings has good flags and values."""
     monkeypatch.chdir(tmp_path)
-    count = 0
+    count = {vae: 0, gpt: 0}
     for text in [HERE / "README.md", *SCRIPTS]:
-        for line in re.findall(r"python vae\.py([^\n`|]*)", text.read_text()):
-            count += bool(vae.command_line(shlex.split(re.split(r"\s{3,}|&&|;", line)[0])))
-    assert count >= 8
+        # A command may go on in the next line, if that begins with a flag.
+        whole = re.sub(r"\n {8,}--", " --", text.read_text())
+        for name, line in re.findall(r"(?:python|torchrun \S+) (vae|gpt)\.py([^\n`|]*)", whole):
+            words = shlex.split(re.split(r"\s{3,}|&&|;|\.\.\.", line)[0])
+            count[globals()[name]] += bool(globals()[name].command_line(words))
+    assert min(count.values()) >= 5, count
 
 
 def test_importing_starts_nothing(tmp_path):
-    code = "import sys; sys.argv = ['x', '--steps', '?']; import vae; print(sorted(sys.modules))"
+    names = ", ".join(script.stem for script in SCRIPTS)
+    code = f"import sys; sys.argv = ['x', '--no']; import {names}; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, timeout=60,
                           capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(HERE)})
@@ -129,9 +135,9 @@ def test_damaged_idx_files_are_refused(tmp_path, damage, packed, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def one_line(capsys, *needles):
+def one_line(capsys, *needles, script="vae"):
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("vae.py: error: "), error
+    assert error.count("\n") == 1 and error.startswith(f"{script}.py: error: "), error
     assert all(needle in error for needle in needles), error
 
 
@@ -494,8 +500,9 @@ def weights(out):
 
 
 def steps_taken(state):
-    """The number of updates as the optimiser counted them."""
-    (count,) = {int(s["step"]) for s in state["optimizer"]["state"].values()}
+    """The number of updates as the optimisers counted them."""
+    optimizers = [state[name] for name in state if name.startswith("optimizer")]
+    (count,) = {int(s["step"]) for o in optimizers for s in o["state"].values() if "step" in s}
     return count
 
 
@@ -508,7 +515,8 @@ def same(a, b):
             return [leaf for item in thing for leaf in flat(item)]
         return [thing]
 
-    pairs = zip(flat([a["model"], a["optimizer"]]), flat([b["model"], b["optimizer"]]), strict=True)
+    a, b = ([s[name] for name in s if name.startswith(("model", "optimizer"))] for s in (a, b))
+    pairs = zip(flat(a), flat(b), strict=True)
     return all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in pairs)
 
 
@@ -793,3 +801,560 @@ def test_it_learns(data, tmp_path):
     assert float(rows[-1]["loss"]) < 0.6 * float(rows[0]["loss"]) and float(rows[-1]["kl"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {
         "checkpoint.pt", "metrics.csv", "samples.png", "reconstructions.png", "walk.png"}
+
+
+# ==== The mathematics of gpt.py ===================================================================
+
+
+def tiny_gpt(**settings):
+    """A model whose weights are all at random: at its start it would say nothing."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 300, "block_size": 16, "layers": 2, "heads": 2, "width": 16}
+    model = gpt.GPT(gpt.Config(**(small | settings))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    model.tokenizer.learn("the cat sat on the mat, the dog sat on the cat. " * 5)
+    return model
+
+
+def test_no_token_sees_what_comes_after_it():
+    model, tokens = tiny_gpt(), torch.randint(300, (3, 16))
+    with torch.no_grad():
+        logits = model(tokens)
+        for t in range(16):
+            other = tokens.clone()
+            other[:, t] = (other[:, t] + 1) % 300
+            changed = model(other)
+            assert torch.equal(changed[:, :t], logits[:, :t])
+            assert (changed[:, t:] != logits[:, t:]).any(2).all()  # and all later ones see it
+
+
+def test_cached_logits_are_those_of_a_plain_forward():
+    """At every position, and across the start of every new window; token by token and in parts."""
+    torch.manual_seed(1)
+    tokens = torch.randint(300, (60,)).tolist()
+    for parts in (1, 2, 5, 16):
+        model = tiny_gpt()
+        context, sizes = gpt.Context(model), []
+        for start in range(0, 60, parts):
+            logits = context.read(tokens[start:start + parts])
+            sizes.append(len(context.tokens))
+            assert context.tokens == tokens[:start + parts][-sizes[-1]:]
+            with torch.no_grad():
+                plain = model(torch.tensor([context.tokens]))[0, -1]
+            torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
+            assert context.cache[0][0].shape[2] == sizes[-1]
+        assert max(sizes) == 16 if 16 % parts == 0 else max(sizes) > 10
+        if parts == 1:
+            assert sizes == [*range(1, 17), *(8 + i % 9 for i in range(44))]
+    long = gpt.Context(model)
+    torch.testing.assert_close(long.read(tokens), gpt.Context(model).read(tokens[-8:]))
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    turn, (q, k) = gpt.rotations(40, 8), torch.randn(2, 8)
+    at = [gpt.rotate(x.expand(1, 1, 40, 8), turn)[0, 0] for x in (q, k)]           # (40, 8) each
+    scores = at[0] @ at[1].T
+    for distance in range(-39, 40):
+        line = scores.diagonal(distance)
+        torch.testing.assert_close(line, line[:1].expand(len(line)), rtol=0, atol=1e-4)
+    assert scores[:, 0].std() > 0.05
+    torch.testing.assert_close(at[0].norm(dim=1), q.norm().expand(40))
+    torch.testing.assert_close(at[0][0], q)  # the first position is not turned
+
+
+def test_before_training_all_tokens_are_equally_likely():
+    model = gpt.GPT(gpt.Config(vocab_size=400, width=32))
+    loss = F.cross_entropy(model(torch.randint(400, (2, 20))).flatten(0, 1), torch.arange(40))
+    assert loss.item() == pytest.approx(math.log(400), abs=0.02)
+    assert gpt.nats_per_byte(model, "some text") == pytest.approx(math.log(400), abs=0.02)
+
+
+def test_any_text_survives_the_tokens():
+    tokenizer = tiny_gpt().tokenizer
+    torch.manual_seed(0)
+    noise = bytes(torch.randint(256, (5000,)).tolist())
+    emoji = "naïve 東京 🙂👩‍👩‍👧\n\n\tif x:\r\n        pass  "
+    for text in (b"", b"the", b"a" * 1000, b" " * 100, noise, emoji.encode()):
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == text and all(0 <= t < 300 for t in tokens)
+    assert tokenizer.decode(tokenizer.encode(emoji)).decode() == emoji
+    assert len(tokenizer.encode("the cat sat")) == 3  # words that it knows whole
+
+
+def test_merges_by_hand():
+    """aaabdaaabac: aa stands 4 times, then Za and ab twice (the later wins), then Yb; then none."""
+    expected = [(97, 97), (256, 97), (257, 98)]
+    assert gpt.learn_merges(b"aaabdaaabac", 10) == expected
+    assert gpt.learn_merges(b"aaabdaaabac", 2) == expected[:2]
+    assert gpt.learn_merges(b"abcdef", 10) == gpt.learn_merges(b"", 10) == []
+    assert gpt.learn_merges(b"x. x, x. x,", 9)[0] == (32, 120)  # inside words, the space before
+    assert all(44 not in pair and 46 not in pair for pair in gpt.learn_merges(b"x. x, x. x,", 9))
+    assert gpt.merge([97, 97, 97], (97, 97), 256) == [256, 97]
+    tokenizer = gpt.Tokenizer(260)
+    tokenizer.learn("aaabdaaabac")
+    assert tokenizer.encode("aaab") == [258] and tokenizer.encode("aab") == [256, 98]
+    assert tokenizer.pieces()[258] == b"aaab" and tokenizer.pieces()[259] == b""  # a place unused
+
+
+def test_merges_against_counting_anew_each_time():
+    text = (HERE / "README.md").read_bytes()[:4000]
+    words, expected = [list(word) for word in gpt.WORDS.findall(text)], []
+    for token in range(256, 300):
+        pairs = [pair for word in words for pair in zip(word, word[1:], strict=False)]
+        best = max(set(pairs), key=lambda pair: (pairs.count(pair), pair))
+        expected.append(best)
+        words = [gpt.merge(word, best, token) for word in words]
+    assert gpt.learn_merges(text, 44) == expected
+    tokenizer = gpt.Tokenizer(300)
+    tokenizer.learn(text.decode())
+    assert tokenizer.encode(text) == [token for word in words for token in word]
+
+
+def test_words_leave_nothing_out():
+    torch.manual_seed(0)
+    text = bytes(torch.randint(256, (3000,)).tolist()) + b"  two\n\n  three " + b"x" * 99
+    words = gpt.WORDS.findall(text)
+    assert b"".join(words) == text and max(map(len, words)) <= 41
+
+
+def test_choosing_a_token():
+    p = torch.tensor([0.1, 0.5, 0.0, 0.3, 0.1])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(temperature=1.0, top_k=0, top_p=1.0):
+        how = temperature, top_k, top_p, generator
+        return [gpt.choose(p.log(), *how) for _ in range(2000)]
+
+    count = torch.bincount(torch.tensor(drawn()), minlength=5) / 2000
+    torch.testing.assert_close(count, p, rtol=0, atol=0.04)
+    assert set(drawn(top_k=2)) == {1, 3} and set(drawn(top_k=1)) == {1}
+    assert set(drawn(top_k=99)) == {0, 1, 3, 4}
+    assert set(drawn(top_p=0.5)) == {1} and set(drawn(top_p=0.51)) == {1, 3}
+    assert set(drawn(top_p=0.0)) == {1} and len(set(drawn(top_p=0.85))) == 3
+    assert set(drawn(top_p=0.51, top_k=1)) == {1}
+    assert set(drawn(temperature=0.0)) == set(drawn(temperature=1e-30)) == {1}
+    warm = torch.bincount(torch.tensor(drawn(temperature=2.0)), minlength=5) / 2000
+    torch.testing.assert_close(warm, p.sqrt() / p.sqrt().sum(), rtol=0, atol=0.04)
+    keeps_its_share = torch.bincount(torch.tensor(drawn(top_k=2)), minlength=5) / 2000
+    assert keeps_its_share[1].item() == pytest.approx(5 / 8, abs=0.04)
+
+
+def test_generate():
+    model = tiny_gpt(dropout=0.5).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def write(**how):
+        return gpt.generate(model, "the cat", **({"tokens": 40} | how))
+
+    assert write(seed=1) == write(seed=1) != write(seed=2) and write() != write()
+    assert write(temperature=0, seed=1) == write(temperature=0, seed=2) == write(top_k=1)
+    assert not write(seed=1).startswith("the cat") and write(tokens=0) == ""
+    assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert write(seed=3).startswith(write(seed=3, tokens=20))
+    for prompt in ("", "🙂", "the " * 100, "\udcff"):
+        assert isinstance(gpt.generate(model, prompt, 5, seed=0), str)
+    for pieces in (gpt.stream(model, "a", 3, seed=0),):
+        next(pieces)
+        assert torch.is_grad_enabled() and model.training  # also while the text is half written
+
+
+def test_characters_are_never_cut(monkeypatch):
+    model, text = tiny_gpt(vocab_size=256), "é🙂ü 東x"
+    for n in range(len(text.encode()) + 1):
+        rest = iter(text.encode())
+        monkeypatch.setattr(gpt, "choose", lambda *a, rest=rest: next(rest))
+        whole = text.encode()[:n].decode(errors="ignore")
+        assert gpt.generate(model, "x", tokens=n) == whole and "\ufffd" not in whole
+    broken = iter(b"a\xff\x80b")
+    monkeypatch.setattr(gpt, "choose", lambda *a: next(broken))
+    assert gpt.generate(model, "x", tokens=4) == "a\ufffd\ufffdb"
+
+
+def test_explain():
+    model = tiny_gpt()
+    likeliest = gpt.explain(model, "the cat", count=300)
+    with torch.no_grad():
+        p = model(torch.tensor([model.tokenizer.encode("the cat")]))[0, -1].softmax(0)
+    assert sum(share for _, share in likeliest) == pytest.approx(1, abs=1e-4)
+    assert [share for _, share in likeliest] == pytest.approx(sorted(p.tolist(), reverse=True))
+    assert likeliest[0][0] == model.tokenizer.decode([p.argmax().item()])
+
+
+@pytest.mark.parametrize("length", [2, 17, 18, 100, 2000])
+def test_nats_per_byte_by_hand(length):
+    """Windows that do not overlap, a short last one, every token but the first, over its bytes."""
+    model = tiny_gpt()
+    text = ("the cat sat on a 🙂 mat. " * 90)[:length]
+    tokens, nats = model.tokenizer.encode(text), 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start:start + 17]
+        with torch.no_grad():
+            p = model(torch.tensor([window[:-1]]))[0].log_softmax(1)
+        nats -= sum(p[i, t].item() for i, t in enumerate(window[1:]))
+    size = len(text.encode()) - len(model.tokenizer.decode(tokens[:1]))
+    if len(tokens) > 1:
+        assert gpt.nats_per_byte(model, text) == pytest.approx(nats / size, rel=1e-4)
+    for short in ("", "a"):
+        with pytest.raises(gpt.UserError, match="two tokens"):
+            gpt.nats_per_byte(model, short)
+
+
+def test_every_parameter_has_one_optimizer():
+    model = tiny_gpt()
+    optimizers = gpt.make_optimizers(model)
+    groups = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert len(groups) == len({id(p) for p in groups})
+    assert {id(p) for p in groups} == {id(p) for p in model.parameters()}
+    muon = {id(p) for p in optimizers[0].param_groups[0]["params"]}
+    assert muon == {id(p) for n, p in model.named_parameters() if "blocks" in n and p.dim() == 2}
+
+
+def test_muon_turns_nothing_and_evens_out_lengths():
+    """The first update is -lr sqrt(rows / columns) U f(S) V^T, where f brings S near 1."""
+    for shape in ((24, 8), (8, 24), (12, 12)):
+        torch.manual_seed(0)
+        u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        s = torch.linspace(1, 0.1, len(vt)) * 7
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = u @ s.diag() @ vt
+        optimizer = gpt.Muon([p])
+        optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.step()
+        inside = -u.T @ p.detach() @ vt.T / 0.5 / max(1, shape[0] / shape[1])**0.5
+        torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-4)
+        assert 0.25 < inside.diagonal().min() and inside.diagonal().max() < 1.3, inside.diagonal()
+
+
+def test_a_batch_in_parts_has_the_same_gradient():
+    model, batch = tiny_gpt(), torch.randint(300, (8, 17))
+    def gradient(parts):
+        model.zero_grad()
+        loss = gpt.gradients(model, batch, parts)
+        return [loss, *(p.grad.clone() for p in model.parameters())]
+
+    whole = gradient(1)
+    expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    torch.testing.assert_close(whole[0], expected.detach())
+    for parts in (4, 3, 8, 99):
+        torch.testing.assert_close(gradient(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_it_learns_one_batch_by_heart():
+    torch.manual_seed(0)
+    model, batch = gpt.GPT(tiny_gpt().config), torch.randint(300, (4, 17))
+    optimizers = gpt.make_optimizers(model)
+    for step in range(150):
+        loss = gpt.gradients(model, batch, 1)
+        for optimizer, rate in zip(optimizers, (0.03, 0.01), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / 150)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss < 0.05
+
+
+# ==== gpt.py as its users run it ==================================================================
+
+
+def gpt_words(data, out, **settings):
+    settings = {"data": data, "out": out, "steps": 45, "batch_size": 4, "vocab_size": 300,
+                "block_size": 16, "layers": 2, "heads": 2, "width": 16, "tokens": 30} | settings
+    return [word for name, value in settings.items() for word in (gpt.flag(name), str(value))]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A user's own file: a piece of the README, which any copy of the tests has beside it."""
+    path = tmp_path_factory.mktemp("text") / "mine.txt"
+    path.write_text((HERE / "README.md").read_text()[:6000] + "\n🙂 the end", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def writer(text, tmp_path_factory):
+    """One unbroken run of gpt.py, which several tests look at and none may change."""
+    out = tmp_path_factory.mktemp("writer")
+    assert gpt.main(gpt_words(text, out)) == 0
+    return out
+
+
+def test_what_a_gpt_run_leaves(writer, text):
+    assert {p.name for p in writer.iterdir()} == {"checkpoint.pt", "metrics.csv", "samples.txt"}
+    rows = rows_of(writer)
+    assert [row["step"] for row in rows] == ["20", "40", "45"]
+    assert float(rows[0]["nats_per_byte"]) > float(rows[2]["nats_per_byte"])
+    assert float(rows[1]["held_out"]) > 0
+    nats, bits = (float(rows[2][f"test_{name}_per_byte"]) for name in ("nats", "bits"))
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-4)
+    model = gpt.load(writer / "checkpoint.pt")
+    written = text.read_text(encoding="utf-8")
+    assert gpt.nats_per_byte(model, written[int(0.9 * len(written)):]) == pytest.approx(nats, 1e-4)
+    assert (writer / "samples.txt").read_text() == gpt.generate(model, "", 30, seed=0)
+    assert weights(writer)["step"] == steps_taken(weights(writer)) == 45
+    assert model.tokenizer.merges.min() >= 0 and not model.training and model.config.width == 16
+    config = gpt.Config(**(weights(writer)["config"] | {"out": str(writer)}))
+    again = gpt.train(config).state_dict()  # nothing is left to train
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_gpt_killed_and_started_again(text, writer, tmp_path):
+    words = gpt_words(text, tmp_path / "o")
+    code = f"""
+import itertools, os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import gpt
+clock = itertools.count(0, 9)
+gpt.time.perf_counter = lambda: next(clock)  # time flies: a checkpoint every few steps
+gradients, calls = gpt.gradients, itertools.count()
+def killer(*a):
+    if next(calls) == 34:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gradients(*a)
+gpt.gradients = killer
+gpt.main({words!r})
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 20 < weights(tmp_path / "o")["step"] <= 34
+    done = subprocess.run([sys.executable, HERE / "gpt.py", *words], capture_output=True,
+                          timeout=120)
+    assert done.returncode == 0 and b"Warning" not in done.stderr, done.stderr
+    assert same(weights(tmp_path / "o"), weights(writer))
+    assert rows_of(tmp_path / "o") == rows_of(writer)
+    written = (writer / "samples.txt").read_text()
+    assert (tmp_path / "o" / "samples.txt").read_text() == written
+    assert done.stdout.decode().startswith(written)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_gpt_stopped_and_started_again(text, writer, tmp_path, monkeypatch, capsys, number):
+    gradients, calls = gpt.gradients, []
+
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 8:
+            signal.raise_signal(number)
+        return gradients(*a)
+
+    monkeypatch.setattr(gpt, "gradients", interrupted)
+    assert gpt.main(gpt_words(text, tmp_path)) == 128 + number
+    assert "goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert weights(tmp_path)["step"] == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(gpt, "choose", lambda *a: signal.raise_signal(number))  # and while writing
+    assert gpt.main(["--out", str(tmp_path)]) == 128 + number
+    monkeypatch.undo()
+    assert gpt.main(["--out", str(tmp_path)]) == 0  # all other settings come from the checkpoint
+    assert same(weights(tmp_path), weights(writer)) and rows_of(tmp_path) == rows_of(writer)
+
+
+def test_writing_afterwards(writer, tmp_path, monkeypatch, capsys):
+    out = copy_of(writer, tmp_path)
+    monkeypatch.setattr(gpt, "load_text", None)  # no data are needed
+    checkpoint, model = (out / "checkpoint.pt").read_bytes(), gpt.load(out / "checkpoint.pt")
+    assert gpt.main(["--out", str(out), "--prompt", "Das", "--seed", "3", "--samples", "2"]) == 0
+    texts = ["Das" + gpt.generate(model, "Das", 30, seed=seed) for seed in (3, 4)]
+    assert (out / "samples.txt").read_text().split(f"\n{'-' * 80}\n") == texts
+    assert capsys.readouterr().out.startswith("\n\n".join(texts))
+    assert gpt.main(["--out", str(out), "--prompt", "Das", "--explain"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    piece, share = gpt.explain(model, "Das")[0]
+    assert shown[0] == "after 'Das':" and len(shown) == 12
+    assert shown[1] == f"{share:7.1%}  {piece.decode(errors='replace')!r}"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert gpt.main(["--out", str(out), "--prompt", "-"]) == 0
+    assert (out / "samples.txt").read_text().startswith("from a pipe")
+    assert capsys.readouterr().out.startswith("from a pipe")
+    assert (out / "checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_a_source_of_two_symbols(tmp_path):
+    """a or b, b in a quarter of the places: no model can do better than the entropy."""
+    torch.manual_seed(0)
+    (tmp_path / "ab.txt").write_text("".join("aaab"[i] for i in torch.randint(4, (20000,))))
+    words = gpt_words(tmp_path / "ab.txt", tmp_path / "o", vocab_size=256, steps=80, batch_size=16)
+    assert gpt.main(words) == 0
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    nats = float(rows_of(tmp_path / "o")[-1]["test_nats_per_byte"])
+    assert nats == pytest.approx(entropy, abs=0.03)
+    assert set((tmp_path / "o" / "samples.txt").read_text()) <= {"a", "b"}
+
+
+def test_batches_are_from_the_text_and_differ(text, tmp_path, monkeypatch):
+    """Stretches of block_size + 1 tokens in a row; over an epoch they come from all of it."""
+    gradients, batches = gpt.gradients, []
+    monkeypatch.setattr(gpt, "gradients",
+                        lambda *a: batches.append(a[1].clone()) or gradients(*a))
+    assert gpt.main(gpt_words(text, tmp_path, vocab_size=256, steps=200)) == 0
+    stream = text.read_text(encoding="utf-8")
+    stream = stream[:int(0.9 * len(stream))].encode()
+    rows, starts = [bytes(row) for batch in batches for row in batch.tolist()], []
+    for row in rows:
+        assert len(row) == 17 and row in stream
+        starts.append(stream.index(row))
+    assert len(set(rows)) > 0.8 * len(rows)
+    epoch = starts[:len(stream) // 16 - 1]
+    assert len({start // 32 for start in epoch}) > 0.85 * len(stream) / 32
+
+
+def test_two_ranks_end_where_one_process_does(text, tmp_path):
+    """torchrun, two processes, gloo: the same batch in halves, the same weights, files once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    words = [gpt_words(text, tmp_path / name, steps=10) for name in ("one", "two")]
+    assert gpt.main(words[0]) == 0
+    done = subprocess.run([*torchrun, HERE / "gpt.py", *words[1]], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held out:") == 1 and done.stderr.count("10/10") <= 2
+    one, two = (torch.cat([p.flatten() for p in gpt.load(tmp_path / name / "checkpoint.pt")
+                           .parameters()]) for name in ("one", "two"))
+    assert (one - two).norm() / one.norm() < 1e-3 and {p.name for p in tmp_path.glob("two/*")} == {
+        "checkpoint.pt", "metrics.csv", "samples.txt"}
+    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-3)
+    # A stop reaches all ranks, after the same step. And a batch that does not divide is refused.
+    words = gpt_words(text, tmp_path / "stop", steps=10**6)
+    with subprocess.Popen([*torchrun, HERE / "gpt.py", *words], stderr=subprocess.PIPE) as process:
+        shown = b""
+        while b"grad_norm" not in shown:  # the bar has its first figures
+            shown += os.read(process.stderr.fileno(), 100)
+            assert process.poll() is None, shown
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode and "goes on" in error
+    state = weights(tmp_path / "stop")
+    assert 20 <= state["step"] == steps_taken(state) < 10**6
+    words = gpt_words(text, tmp_path / "o", batch_size=3)
+    done = subprocess.run([*torchrun, HERE / "gpt.py", *words], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode and "gpt.py: error: --batch-size 3" in done.stderr
+
+
+def test_the_manual():
+    """Whole topics are held out; no paragraph stands twice; few lines are on both sides."""
+    train, held_out = gpt.load_manual()
+    assert (train, held_out) == gpt.load_text("manual", "")
+    assert 0.05 < len(held_out) / len(train) < 0.3
+    lines = {line.strip() for line in train.splitlines()}
+    shared = sum(len(line) for line in held_out.splitlines() if line.strip() in lines)
+    assert shared < 0.05 * len(held_out)
+    paragraphs = [" ".join(p.split()) for p in (train + "\n\n" + held_out).split("\n\n")]
+    paragraphs = [p for p in paragraphs if p]
+    assert len(set(paragraphs)) == len(paragraphs) > 1000 and "The" in train
+
+
+def test_own_texts(tmp_path, monkeypatch):
+    (tmp_path / "d" / "sub").mkdir(parents=True)
+    for name, content in (("b.txt", "B" * 30), ("a.md", "A" * 30), ("sub/c.py", "C" * 38),
+                          ("picture.png", "no")):
+        (tmp_path / "d" / name).write_text(content)
+    assert "".join(gpt.load_text(str(tmp_path / "d"), "")) == f"{'A' * 30}\n{'B' * 30}\n{'C' * 38}"
+    (tmp_path / "x.log").write_bytes("\ufeffnaïve\r\n🙂🙂🙂🙂".encode())
+    assert gpt.load_text(str(tmp_path / "x.log"), "") == ("naïve\r\n🙂🙂", "🙂🙂")
+    url = (tmp_path / "x.log").as_uri()
+    digest = hashlib.sha256((tmp_path / "x.log").read_bytes()).hexdigest()
+    monkeypatch.setattr(gpt, "SHAKESPEARE", (url, "0" * 64))
+    with pytest.raises(gpt.UserError, match="checksum"):
+        gpt.load_text("shakespeare", tmp_path / "data")
+    monkeypatch.setattr(gpt, "SHAKESPEARE", (url, digest))
+    first = gpt.load_text("shakespeare", tmp_path / "data")
+    monkeypatch.setattr(gpt, "SHAKESPEARE", ("file:///gone", digest))  # nothing is fetched twice
+    assert first == gpt.load_text("shakespeare", tmp_path / "data") == ("naïve\r\n🙂🙂", "🙂🙂")
+
+
+@pytest.mark.parametrize("content, needles", [
+    (b"", ["too short", "0 tokens"]), (b"short", ["too short"]), (b"x" * 900 + b"\0", ["NUL"]),
+    (b"\xff\xfe" + b"x" * 900, ["UTF-8"]), (b"caf\xe9 " * 200, ["UTF-8", "byte 3"])])
+def test_bad_texts(tmp_path, capsys, content, needles):
+    (tmp_path / "bad.txt").write_bytes(content)
+    for data in ("bad.txt", "."):
+        words = gpt_words(tmp_path / data, tmp_path / "o")
+        assert gpt.main(words) == 2
+        one_line(capsys, *needles, script="gpt")
+        assert not (tmp_path / "o").exists()
+
+
+def test_texts_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    assert gpt.main(gpt_words("shakspere", tmp_path / "o")) == 2
+    one_line(capsys, "shakspere", "manual", "shakespeare", script="gpt")
+    assert gpt.main(gpt_words(tmp_path, tmp_path / "o")) == 2  # a folder without a text
+    one_line(capsys, "no text", script="gpt")
+    (tmp_path / "mine.txt").write_text("words " * 500)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert gpt.main(gpt_words(tmp_path / "mine.txt", tmp_path / "o")) == 2
+    one_line(capsys, "cannot read", "mine.txt", "Permission denied", script="gpt")
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert gpt.main(gpt_words("manual", tmp_path / "o")) == 2
+    one_line(capsys, "--data", script="gpt")
+
+
+@pytest.mark.parametrize("words, needles", [
+    (["--width", "100", "--heads", "3"], ["--width 100", "--heads 3"]),
+    (["--vocab-size", "255"], ["256 to"]), (["--temperature", "-1"], ["--temperature"]),
+    (["--top-p", "1.5"], ["--top-p"]), (["--block-size", "1"], ["--block-size"]),
+    (["--dropout", "1"], ["--dropout"]), (["--prompt"], ["--prompt"]),
+    (["--temperature", "nan"], ["--temperature"])])
+def test_bad_words_for_gpt(tmp_path, monkeypatch, capsys, words, needles):
+    monkeypatch.chdir(tmp_path)
+    assert gpt.main(words) == 2
+    one_line(capsys, *needles, script="gpt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words, needles", [
+    (["--width", "32"], ["--width 16", "--restart"]),
+    (["--vocab-size", "301"], ["--vocab-size 300"]),
+    (["--block-size", "8"], ["--block-size 16"]), (["--batch-size", "2"], ["--batch-size 4"]),
+    (["--seed", "1", "--steps", "99"], ["--seed 0"]), (["--data", "manual"], ["--data"])])
+def test_a_begun_text_is_not_changed(writer, tmp_path, capsys, words, needles):
+    out = copy_of(writer, tmp_path)
+    assert gpt.main(["--out", str(out), *words]) == 2
+    one_line(capsys, *needles, script="gpt")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in writer.iterdir()}
+
+
+def test_another_text_in_the_same_place_is_noticed(text, tmp_path, capsys):
+    copy = tmp_path / "mine.txt"
+    copy.write_bytes(text.read_bytes())
+    assert gpt.main(gpt_words(copy, tmp_path / "o", steps=2)) == 0
+    for place in (100, -1):  # in the part to train on, and in the part held out
+        content = bytearray(text.read_bytes())
+        content[place] ^= 1
+        copy.write_bytes(content)
+        capsys.readouterr()
+        assert gpt.main(gpt_words(copy, tmp_path / "o", steps=4)) == 2
+        one_line(capsys, "other data", "--restart", script="gpt")
+
+
+def test_gpt_divergence_keeps_the_last_good_checkpoint(text, tmp_path, monkeypatch, capsys):
+    gradients, calls = gpt.gradients, []
+
+    def poisoned(*a):
+        calls.append(1)
+        return gradients(*a) * (float("inf") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(gpt, "gradients", poisoned)
+    assert gpt.main(gpt_words(text, tmp_path)) == 1
+    assert "nats_per_byte is inf at step 4" in capsys.readouterr().err.splitlines()[-1]
+    assert all(p.isfinite().all() for p in gpt.load(tmp_path / "checkpoint.pt").parameters())
+
+
+def test_gpt_on_its_built_in_data(tmp_path):
+    """As a newcomer runs it, in a process of its own; and then piped into."""
+    command = [sys.executable, HERE / "gpt.py", "--steps", "2", "--width", "32", "--vocab-size",
+               "256", "--batch-size", "2", "--tokens", "9"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"Warning" not in done.stderr, done.stderr
+    assert b"held out: nats_per_byte" in done.stdout
+    assert {p.name for p in (tmp_path / "out" / "gpt").iterdir()} == {
+        "checkpoint.pt", "metrics.csv", "samples.txt"}
+    done = subprocess.run([*command[:2], "--prompt", "-"], cwd=tmp_path, capture_output=True,
+                          input="naïve".encode(), timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("naïve".encode())

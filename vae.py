@@ -705,7 +705,7 @@ class Run:
         """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
         FloatingPointError stops the run when a figure is not finite."""
         for name, value in figures.items():
-            number = float(value)
+            number = torch.as_tensor(value).item()
             if not math.isfinite(number):
                 raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
