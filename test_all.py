@@ -955,9 +955,12 @@ def test_generate():
     assert write(seed=3).startswith(write(seed=3, tokens=20))
     for prompt in ("", "🙂", "the " * 100, "\udcff"):
         assert isinstance(gpt.generate(model, prompt, 5, seed=0), str)
-    for pieces in (gpt.stream(model, "a", 3, seed=0),):
-        next(pieces)
-        assert torch.is_grad_enabled() and model.training  # also while the text is half written
+    pieces = gpt.stream(model, "a", 3, seed=0)
+    next(pieces)
+    assert torch.is_grad_enabled() and model.training  # also while the text is half written
+    for wrong in ({"temperature": -1}, {"top_k": -1}, {"top_p": 1.1}):
+        with pytest.raises(gpt.UserError, match=next(iter(wrong))):
+            write(**wrong)
 
 
 def test_characters_are_never_cut(monkeypatch):
@@ -1265,7 +1268,7 @@ def test_own_texts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, needles", [
-    (b"", ["too short", "0 tokens"]), (b"short", ["too short"]), (b"x" * 900 + b"\0", ["NUL"]),
+    (b"", ["too little", "0 tokens"]), (b"short", ["too little"]), (b"x" * 900 + b"\0", ["NUL"]),
     (b"\xff\xfe" + b"x" * 900, ["UTF-8"]), (b"caf\xe9 " * 200, ["UTF-8", "byte 3"])])
 def test_bad_texts(tmp_path, capsys, content, needles):
     (tmp_path / "bad.txt").write_bytes(content)
@@ -1280,7 +1283,7 @@ def test_texts_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     assert gpt.main(gpt_words("shakspere", tmp_path / "o")) == 2
     one_line(capsys, "shakspere", "manual", "shakespeare", script="gpt")
     assert gpt.main(gpt_words(tmp_path, tmp_path / "o")) == 2  # a folder without a text
-    one_line(capsys, "no text", script="gpt")
+    one_line(capsys, "too little text", script="gpt")
     (tmp_path / "mine.txt").write_text("words " * 500)
 
     def denied(path):
