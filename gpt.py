@@ -3,13 +3,13 @@
 # dependencies = ["torch>=2.13", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
-"""GPT: guess the next token; a good guesser, fed with its own guesses, is a writer.
+r"""GPT: guess the next token; a good guesser, fed with its own guesses, is a writer.
 
     text      "To be, or not to be"
                  | bytes, and those that often stand together merged
     tokens    [To] [ be] [,]  [ or]  [ not] [ to]
                  | the Transformer: each token gathers what it needs from those on its left
-    guesses   [ be] [,] [ or] [ not] [ to]  [ be]      at each place, a probability for every token
+    targets   [ be] [,] [ or] [ not] [ to]  [ be]      it gives every token a probability at each
                  | draw one, append it, guess again
     text      a new one
 
@@ -21,9 +21,9 @@ guess well it has to spell, to close brackets, to remember who is speaking; nobo
     python gpt.py --prompt "for i in" --explain              what it thinks comes next
     python gpt.py --data shakespeare --steps 1000            Shakespeare (1 MB, downloaded once)
     python gpt.py --data ~/notes                             your own file, or folder of files
-    python gpt.py --data shakespeare --layers 6 --heads 6 --width 384 --dropout 0.2 --block-size 256
-        --batch-size 64 --steps 2000 --compile --out out/gpu        on a GPU; on N of them, with
-    torchrun --nproc-per-node=N gpt.py ...                          in place of python gpt.py
+    python gpt.py --data shakespeare --layers 6 --heads 6 --width 384 --dropout 0.2 \
+        --block-size 256 --batch-size 64 --steps 2000 --compile --out out/gpu       on a GPU
+    torchrun --nproc-per-node=N gpt.py ...                                          on N of them
 
 Look into out/gpt: samples.txt, metrics.csv, checkpoint.pt. The same command again goes on where it
 stopped, with the settings of the checkpoint where none are given; on a finished model it only
@@ -43,6 +43,7 @@ from itertools import pairwise
 
 from tqdm import tqdm
 
+# What is used here and defined nowhere above stands in the plumbing, at the end.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -80,7 +81,7 @@ class Config:
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the texts alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; if empty, out/gpt, and data if unusual")
+    out: str = knob("", "folder of the results; if empty, out/gpt or out/gpt-DATA")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
@@ -89,57 +90,7 @@ class Config:
             fail(f"--width {self.width} must be a multiple of twice --heads {self.heads}")
 
 
-# ==== 1. The text =================================================================================
-KINDS = ".txt .md .rst .tex .html .csv .json .toml .py .c .h .cpp .rs .go .java .js .ts".split()
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
-
-def load_text(name, data_dir):
-    """-> two str, to train on and held out: the last 10 % (of the manual, whole topics)."""
-    path = Path(data_dir, "shakespeare.txt") if name == "shakespeare" else Path(name)
-    if name == "manual":
-        return load_manual()
-    if name == "shakespeare" and not path.exists():
-        download([SHAKESPEARE[0]], path, SHAKESPEARE[1])
-    if not path.exists():
-        fail(f"no data {name}: give manual, shakespeare, a text file, or a folder of them")
-    paths = [path]
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
-    text = "\n".join(read_text(path) for path in paths)
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
-
-
-def read_text(path):
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is no text in UTF-8: byte {error.start} is {error.reason}")
-    return text if "\0" not in text else fail(f"{path} is no text: it has a NUL byte")
-
-
-def load_manual():
-    """The topics of Python's help(), about 0.4 MB of English and code; a tenth of them, chosen by
-    their names, held out. They repeat each other: a paragraph counts once, where it stands first.
-    Of the characters held out 1 % are in lines that training has, too (headings, short code)."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        fail("this Python has no manual (pydoc_data.topics): give --data a text file")
-    seen, train, held_out = {""}, [], []
-    for name, topic in sorted(topics.items()):
-        paragraphs = {" ".join(p.split()): p.rstrip() for p in topic.split("\n\n")}
-        fresh = [paragraph for words, paragraph in paragraphs.items() if words not in seen]
-        seen |= paragraphs.keys()
-        (train if zlib.crc32(name.encode()) % 10 else held_out).append("\n\n".join(fresh))
-    return "\n\n\n".join(train), "\n\n\n".join(held_out)
-
-
-# ==== 2. Text to tokens ===========================================================================
+# ==== 1. Text to tokens ===========================================================================
 # A token is a number. The simplest are the 256 bytes of UTF-8: any text in any language is a row of
 # them. But then "the" takes three guesses. Byte-pair encoding (Gage 1994; Sennrich et al. 2015,
 # arXiv:1508.07909) makes the most frequent pair of neighbours a new token, and does so again:
@@ -148,8 +99,8 @@ def load_manual():
 #
 # The text gets shorter: a block reaches further back, and a step reads more. Merges stay inside of
 # words, or "dog." and "dog," would become tokens. A word has the space before it:
-WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,40}| ?\d{1,40}| ?[^\sA-Za-z\d\x80-\xff]{1,40}"
-                   rb"|\s{1,40}(?!\S)|\s")
+WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,48}| ?\d{1,48}| ?[^\sA-Za-z\d\x80-\xff]{1,48}"
+                   rb"|\s{1,48}(?!\S)|\s")
 
 
 def merge(word, pair, token):
@@ -232,11 +183,11 @@ class Tokenizer(nn.Module):
         return b"".join(pieces[token] for token in tokens)
 
 
-# ==== 3. The Transformer ==========================================================================
+# ==== 2. The Transformer ==========================================================================
 # B is the batch, T the tokens in a stretch of text, W the width, H the heads, D = W / H, V the
-# vocabulary. W numbers stand for a token, and every layer adds to them: attention what it fetched
-# from tokens on the left, the MLP what it made of that. This sum, the residual stream, is never
-# overwritten, and gradients pass it unharmed. Linear layers have no biases; none is missed.
+# vocabulary. W numbers stand for a token, and every layer adds to them: attention adds what it
+# fetched from tokens on the left, the MLP what it makes of that. The sum, the residual stream, is
+# never overwritten, and gradients pass it unharmed. Linear layers have no biases; none is missed.
 
 
 def rotations(count, size):
@@ -251,20 +202,22 @@ def rotate(x, rotation):
 
     Attention compares by dot products, and they see no order. So each pair of numbers (a, b) in a
     query or key is turned, like the hand of a clock, by an angle that grows with the position: the
-    first pair fast, the others slower and slower. The product of two turned pairs depends on the
-    difference of their angles alone: on how far apart two tokens are, not on where they stand.
-    GPT-2 learned a vector for each position, and had to learn "one to the left" anew at each.
+    first pair fast, the others slower and slower. In the product of two turned pairs only the
+    difference of their angles is left: how far apart two tokens are, not where they stand. GPT-2
+    learned a vector for each position, and had to learn "one to the left" anew at each.
     """
-    (cos, sin), (a, b) = rotation.to(x.dtype), x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)  # (a, b) are numbers i and i + D / 2
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Each token asks (query), each offers (key), and where they match it fetches (value):
+    """Each token asks (query), each offers (key); where the two match, the asker gets its value:
 
-        softmax( q k^T / sqrt(D) + mask ) v       (Vaswani et al. 2017, equation 1), H times over
+        softmax( q k^T / sqrt(D) + mask ) v               (Vaswani et al. 2017, equation 1)
 
-    The mask keeps a token from seeing what it is to guess. Row: who looks; column: at whom.
+    H heads do so, each with D of the numbers: one may look for the verb, another for the bracket.
+    Without sqrt(D), sums of many products are so large that the softmax sees one token alone. The
+    mask keeps a token from seeing what it is to guess. Row: who looks; column: at whom.
 
                 To  be   ,  or
           To     x   .   .   .       x: may look
@@ -280,15 +233,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x, rotation, past=None):
-        """(B, T, W) -> (B, T, W). ``past`` (chapter 6) is a list: [] at first, then the keys and
-        values of the tokens before these, to which those of these are added."""
+        """(B, T, W) -> (B, T, W). ``past`` (chapter 5) is a list: [] at first, then the keys and
+        values of the tokens before these; their own are appended."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, mask = rotate(q, rotation), rotate(k, rotation), None         # (B, H, T, D) each
+        q, k, mask = rotate(q, rotation), rotate(k, rotation), None    # q, k, v are (B, H, T, D)
         if past:
             before = past[0].shape[2]
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
-            mask = mask.tril(before)  # row t is token before + t
+            mask = mask.tril(before)  # row t may see columns up to before + t
         if past is not None:
             past[:] = k, v
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -310,10 +263,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP. Each first brings its input to unit size: normalising before,
-    not after (Xiong et al. 2020, arXiv:2002.04745), leaves the residual stream alone, and training
-    is stable from the start. RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm without
-    the mean and the bias, which do nothing here."""
+    """x + attention, then x + MLP. Each first brings its input to mean square 1: to normalise
+    before, not after (Xiong et al. 2020, arXiv:2002.04745), leaves the residual stream alone, and
+    training is stable from the start. RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm
+    without mean and bias, which are not missed."""
 
     def __init__(self, config):
         super().__init__()
@@ -328,7 +281,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) -> logits (B, T, V): at each place, a score for every token as the next one."""
+    """Tokens (B, T), T at most block_size, -> logits (B, T, V): at each place, a score for every
+    token as the next one. (Their softmax are the probabilities.)"""
 
     def __init__(self, config):
         super().__init__()
@@ -341,9 +295,9 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotation, persistent=False)
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        # What writes into the residual stream starts at zero: every block begins as "do nothing",
-        # and the head with all tokens equally likely, a loss of ln V. What reads from it keeps the
-        # size of its input. (Embeddings begin as N(0, 1). With GPT-2's 0.02 it learns far slower.)
+        # The last layer of each branch starts at zero: every block begins as "do nothing". So does
+        # the head: all tokens begin equally likely, with a loss of ln V. The other layers keep the
+        # size of what they get. Embeddings are N(0, 1); GPT-2's 0.02 makes learning far slower.
         for block in self.blocks:
             for layer in (block.attention.qkv, block.mlp.up):
                 nn.init.normal_(layer.weight, std=config.width**-0.5)
@@ -352,7 +306,7 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, tokens, cache=None):
-        """``cache`` (chapter 6): a list for each block, in which it keeps its keys and values."""
+        """``cache`` (chapter 5): a list for each block, in which it keeps its keys and values."""
         first = cache[0][0].shape[2] if cache and cache[0] else 0
         rotation = self.rotation[:, first:first + tokens.shape[1]]               # (2, T, D / 2)
         x = self.drop(self.embedding(tokens))                                        # (B, T, W)
@@ -361,11 +315,11 @@ class GPT(nn.Module):
         return self.head(self.norm(x))                                               # (B, T, V)
 
 
-# ==== 4. The objective ============================================================================
+# ==== 3. The objective ============================================================================
 # At each place the loss is -log p(the token that came): the cross entropy. In nats; divided by ln 2
 # it is bits, and that is what an arithmetic coder that knows this model would need to store the
-# token. To guess well is to compress well. A loss per token means little, since tokens differ in
-# length; so it is counted per byte of text. 8 bits per byte is knowing nothing.
+# token. To guess well is to compress well. Tokens differ in length, so the loss is counted per byte
+# of text; 8 bits, or 5.5 nats, is guessing bytes at random.
 
 
 def nats_per_byte(model, text):
@@ -387,16 +341,18 @@ def nats_per_byte(model, text):
     return nats / len(model.tokenizer.decode(tokens[1:].tolist()))
 
 
-# ==== 5. Training =================================================================================
+# ==== 4. Training =================================================================================
+# train, at the end of the chapter, is the loop. Two optimisers take turns in it, each with the
+# parameters that it is good at.
 
 
 class Muon(torch.optim.Optimizer):
     """For the matrices in the blocks (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A gradient matrix U S V^T has few strong directions and many weak ones, and the strong take all
-    of the step. Muon steps by about U V^T: all directions equally. That takes no decomposition:
-    x <- a x + b (x x^T) x + c (x x^T)^2 x  brings singular values near 1, three times as well as
-    the customary five here, for less. (torch.optim.Muon iterates in bfloat16, slow on a CPU.)
+    A gradient matrix (SVD: U S V^T) has few strong directions and many weak ones, and the strong
+    take all of the step. Muon steps by about U V^T, all directions alike. No SVD is needed: rounds
+    of  x <- a x + b (x x^T) x + c (x x^T)^2 x  bring singular values near 1. Three rounds do better
+    here than the usual five, which cost more. (torch.optim.Muon works in bfloat16, slow on a CPU.)
     """
 
     def __init__(self, matrices):
@@ -410,7 +366,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
             x = p.grad.lerp(momentum, 0.95)                                  # Nesterov's momentum
-            x = (x if wide else x.mT) / (x.norm() + 1e-7)             # singular values below 1
+            x = (x if wide else x.mT) / (x.norm() + 1e-7)             # singular values at most 1
             for _ in range(3):
                 square = x @ x.mT
                 x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
@@ -419,8 +375,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model):
-    """Muon for the blocks' matrices; AdamW for embedding and head, whose rows are tokens and not
-    directions of one space, and for the norms' scales. Every parameter is in exactly one."""
+    """Muon for the blocks' matrices; AdamW for embedding and head, whose rows stand for tokens and
+    are each used now and then, and for the norms. Every parameter is in exactly one."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     return Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -429,18 +385,6 @@ def make_optimizers(model):
 def schedule(progress):
     """Share of the peak learning rate at ``progress`` 0 to 1: a short ramp, then down to zero."""
     return min(1.0, progress / 0.02) * (1 - progress)
-
-
-def prepare(run, model, text, held_out):
-    """-> the tokens of ``text`` (N,). Merges are learned when a run begins, later restored."""
-    if run.step == 0:
-        model.tokenizer.learn(text)
-    tokens, others = (torch.tensor(model.tokenizer.encode(t)) for t in (text, held_out))
-    if len(tokens) < 2 * run.config.block_size + 1 or len(others) < 2:
-        fail(f"--data {run.config.data} has too little text: {len(tokens)} tokens to train on, "
-             f"{len(others)} held out, where a block is {run.config.block_size}")
-    run.same_data(tokens, others)
-    return tokens
 
 
 def gradients(model, batch, parts):
@@ -465,6 +409,8 @@ def train(config):
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
     KeyboardInterrupt (it was stopped; the same call goes on).
     """
+    if config.prompt == "-":
+        config.prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     model = GPT(config).to(device)
@@ -502,15 +448,15 @@ def train(config):
     return model.eval()
 
 
-# ==== 6. Writing ==================================================================================
+# ==== 5. Writing ==================================================================================
 # Predict, draw, append, predict again. What a token's keys and values are depends on nothing to its
 # right, so they never change: they are kept (the KV cache), and only the newest token is computed.
 # When block_size tokens are in view, the model goes on from the last half of them: positions count
-# from 0 again, and one pass fills a new cache. So a token costs the same however much is written.
+# from 0 again, and one pass fills a new cache. So no token costs more because much is written.
 
 
 class Context:
-    """What the model has in view as it writes: ``tokens``, at most block_size, read once each."""
+    """What the model has in view as it writes: ``tokens``, at most block_size of them."""
 
     def __init__(self, model):
         self.model, self.tokens, self.cache = model, [], []
@@ -519,7 +465,8 @@ class Context:
         """Append a list of tokens -> logits (V,) of the next one, as model(tokens) would say."""
         size = self.model.config.block_size
         if len(self.tokens) + len(new) > size:
-            self.tokens, new = [], (self.tokens + new)[-(size // 2):]
+            new = (self.tokens + new)[-(size // 2 if self.tokens else size):]
+            self.tokens = []
         if not self.tokens:
             self.cache = [[] for _ in self.model.blocks]
         self.tokens = self.tokens + new
@@ -532,8 +479,8 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     """Logits (V,) -> a token, drawn from softmax(logits / temperature).
 
     The many unlikely tokens are together not unlikely, and one of them can derail a text. So only
-    the top_k likeliest may be drawn (0: all), and of them the fewest that make up a share of top_p
-    (the nucleus: Holtzman et al. 2019, arXiv:1904.09751).
+    the top_k likeliest may be drawn (0: all), and only the fewest that make up a share of top_p of
+    all probability (the nucleus: Holtzman et al. 2019, arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax().item()
@@ -574,28 +521,6 @@ def explain(model, prompt, count=10):
     return [(pieces[t], q) for t, q in zip(order[:count].tolist(), p[:count].tolist(), strict=True)]
 
 
-def write_samples(run, model):
-    """Stream texts to the terminal, and into samples.txt; or the list that --explain asks for."""
-    config, texts = run.config, []
-    prompt = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
-    with suppress(AttributeError):  # a terminal may lack characters; a notebook lacks the method
-        sys.stdout.reconfigure(errors="replace")
-    if config.explain:
-        print(f"after {prompt!r}:")
-        for piece, p in explain(model, prompt):
-            print(f"{p:7.1%}  {piece.decode('utf-8', 'replace')!r}")
-        return
-    how = config.tokens, config.temperature, config.top_k, config.top_p
-    for i in range(config.samples):
-        texts.append(prompt)
-        print(prompt, end="", flush=True)
-        for piece in stream(model, prompt, *how, seed=config.seed + i):
-            print(piece, end="", flush=True)
-            texts[-1] += piece
-        print("\n")
-    run.write("samples.txt", f"\n{'-' * 80}\n".join(texts).encode("utf-8", "replace"))
-
-
 def load(path, device="cpu"):
     """The model of a checkpoint, in eval mode. UserError if ``path`` is none of gpt.py's."""
     state = read_checkpoint(path)
@@ -616,6 +541,91 @@ def main(argv=None):
 NAME = "gpt"
 FIXED = ("vocab_size", "block_size", "layers", "heads", "width", "data", "batch_size", "seed")
 JUDGING = ()
+
+
+# Files and the terminal, for this script alone.
+KINDS = ".txt .md .rst .tex .html .csv .json .toml .py .c .h .cpp .rs .go .java .js .ts".split()
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+
+def load_text(name, data_dir):
+    """-> two str, to train on and held out: the last 10 %; of the manual, some topics."""
+    path = Path(data_dir, "shakespeare.txt") if name == "shakespeare" else Path(name)
+    if name == "manual":
+        return load_manual()
+    if name == "shakespeare" and not path.exists():
+        download([SHAKESPEARE[0]], path, SHAKESPEARE[1])
+    if not path.exists():
+        fail(f"no data {name}: give manual, shakespeare, a text file, or a folder of them")
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()
+                       and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                       and not (p.parent / "checkpoint.pt").exists())  # what this script wrote
+    text = "\n".join(read_text(path) for path in paths)
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def read_text(path):
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is no text in UTF-8: byte {error.start} is {error.reason}")
+    return text if "\0" not in text else fail(f"{path} is no text: it has a NUL byte")
+
+
+def load_manual():
+    """The topics of Python's help(), about 0.4 MB of English and code; a tenth of them, chosen by
+    their names, held out. They repeat each other: a paragraph counts once, where it stands first.
+    Of the characters held out 1 % are in lines that training has, too (headings, short code)."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        fail("this Python has no manual (pydoc_data.topics): give --data a text file")
+    seen, train, held_out = {""}, [], []
+    for name, topic in sorted(topics.items()):
+        paragraphs = {" ".join(p.split()): p.rstrip() for p in topic.split("\n\n")}
+        fresh = [paragraph for words, paragraph in paragraphs.items() if words not in seen]
+        seen |= paragraphs.keys()
+        (train if zlib.crc32(name.encode()) % 10 else held_out).append("\n\n".join(fresh))
+    return "\n\n\n".join(train), "\n\n\n".join(held_out)
+
+
+def prepare(run, model, text, held_out):
+    """-> the tokens of ``text`` (N,). Merges are learned when a run begins, later restored."""
+    if run.step == 0:
+        model.tokenizer.learn(text)
+    tokens, others = (torch.tensor(model.tokenizer.encode(t)) for t in (text, held_out))
+    if len(tokens) < 2 * run.config.block_size + 1 or len(others) < 2:
+        fail(f"--data {run.config.data} has too little text: {len(tokens)} tokens to train on, "
+             f"{len(others)} held out, where a block is {run.config.block_size}")
+    run.same_data(tokens, others)
+    return tokens
+
+
+def write_samples(run, model):
+    """Stream texts to the terminal, and into samples.txt; or the list that --explain asks for."""
+    config, prompt, texts = run.config, run.config.prompt, []
+    with suppress(AttributeError):  # a terminal may lack characters; a notebook lacks the method
+        sys.stdout.reconfigure(errors="replace")
+    if config.explain:
+        print(f"after {prompt!r}:")
+        for piece, p in explain(model, prompt):
+            print(f"{p:7.1%}  {piece.decode('utf-8', 'replace')!r}")
+        return
+    how = config.tokens, config.temperature, config.top_k, config.top_p
+    for i in range(config.samples):
+        texts.append(prompt)
+        print(prompt, end="", flush=True)
+        for piece in stream(model, prompt, *how, seed=config.seed + i):
+            print(piece, end="", flush=True)
+            texts[-1] += piece
+        print("\n")
+    run.write("samples.txt", f"\n{'-' * 80}\n".join(texts).encode("utf-8", "replace"))
 
 
 # ---- block: runs (the same in every file) ----
@@ -809,7 +819,9 @@ class Run:
         self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
         self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
         if self.path.exists() and not config.restart:
-            self.restore(read_checkpoint(self.path))
+            state = read_checkpoint(self.path)
+            if state["step"]:  # else it has not begun, and nothing binds it
+                self.restore(state)
 
     def restore(self, state):
         begun, now = state["config"], asdict(self.config)

@@ -718,6 +718,20 @@ def test_bad_words(tmp_path, monkeypatch, capsys, words, needles):
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_may_change_until_the_first_step_is_done(data, tmp_path, monkeypatch, capsys):
+    """A run that failed before it did anything (a batch too large for the memory) binds nothing."""
+    def too_large(*a):
+        raise torch.OutOfMemoryError("not enough memory")
+
+    monkeypatch.setattr(vae, "elbo_terms", too_large)
+    assert vae.main(arguments(data, tmp_path)) == 2
+    assert "not enough memory" in capsys.readouterr().err.splitlines()[-1]
+    assert weights(tmp_path)["step"] == 0
+    monkeypatch.undo()
+    assert vae.main(["--out", str(tmp_path), "--batch-size", "8", "--width", "2"]) == 0
+    assert weights(tmp_path)["step"] == 45
+
+
 def test_bad_settings_from_python():
     for settings in ({"steps": 0}, {"steps": 1.5}, {"kind": "x"}, {"beta": "1"}, {"seed": True}):
         with pytest.raises(vae.UserError, match="--" + next(iter(settings))):
@@ -849,7 +863,7 @@ def test_cached_logits_are_those_of_a_plain_forward():
         if parts == 1:
             assert sizes == [*range(1, 17), *(8 + i % 9 for i in range(44))]
     long = gpt.Context(model)
-    torch.testing.assert_close(long.read(tokens), gpt.Context(model).read(tokens[-8:]))
+    torch.testing.assert_close(long.read(tokens), gpt.Context(model).read(tokens[-16:]))
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -916,7 +930,7 @@ def test_words_leave_nothing_out():
     torch.manual_seed(0)
     text = bytes(torch.randint(256, (3000,)).tolist()) + b"  two\n\n  three " + b"x" * 99
     words = gpt.WORDS.findall(text)
-    assert b"".join(words) == text and max(map(len, words)) <= 41
+    assert b"".join(words) == text and max(map(len, words)) <= 49
 
 
 def test_choosing_a_token():
@@ -1165,10 +1179,11 @@ def test_writing_afterwards(writer, tmp_path, monkeypatch, capsys):
     piece, share = gpt.explain(model, "Das")[0]
     assert shown[0] == "after 'Das':" and len(shown) == 12
     assert shown[1] == f"{share:7.1%}  {piece.decode(errors='replace')!r}"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    pipe = io.TextIOWrapper(io.BytesIO("from a pipe \xff\n".encode("latin-1")))
+    monkeypatch.setattr(sys, "stdin", pipe)
     assert gpt.main(["--out", str(out), "--prompt", "-"]) == 0
-    assert (out / "samples.txt").read_text().startswith("from a pipe")
-    assert capsys.readouterr().out.startswith("from a pipe")
+    assert (out / "samples.txt").read_text().startswith("from a pipe \ufffd")
+    assert capsys.readouterr().out.startswith("from a pipe \ufffd")
     assert (out / "checkpoint.pt").read_bytes() == checkpoint
 
 
@@ -1250,8 +1265,11 @@ def test_the_manual():
 
 def test_own_texts(tmp_path, monkeypatch):
     (tmp_path / "d" / "sub").mkdir(parents=True)
-    for name, content in (("b.txt", "B" * 30), ("a.md", "A" * 30), ("sub/c.py", "C" * 38),
-                          ("picture.png", "no")):
+    (tmp_path / "d" / ".git").mkdir()
+    (tmp_path / "d" / "out").mkdir()
+    for name, content in (("b.TXT", "B" * 30), ("a.md", "A" * 30), ("sub/c.py", "C" * 38),
+                          ("picture.png", "no"), (".git/x.py", "no"), ("out/samples.txt", "no"),
+                          ("out/checkpoint.pt", "no")):
         (tmp_path / "d" / name).write_text(content)
     assert "".join(gpt.load_text(str(tmp_path / "d"), "")) == f"{'A' * 30}\n{'B' * 30}\n{'C' * 38}"
     (tmp_path / "x.log").write_bytes("\ufeffnaïve\r\n🙂🙂🙂🙂".encode())

@@ -623,7 +623,9 @@ class Run:
         self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
         self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
         if self.path.exists() and not config.restart:
-            self.restore(read_checkpoint(self.path))
+            state = read_checkpoint(self.path)
+            if state["step"]:  # else it has not begun, and nothing binds it
+                self.restore(state)
 
     def restore(self, state):
         begun, now = state["config"], asdict(self.config)
