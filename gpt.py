@@ -64,7 +64,7 @@ class Config:
     layers: int = knob(4, "blocks of attention and MLP", 1, 200)
     heads: int = knob(4, "attention patterns in a layer; they share the width", 1, 256)
     width: int = knob(192, "numbers that stand for a token inside", 2, 2**14)
-    dropout: float = knob(0.0, "share zeroed in training, against learning by heart", 0, 0.9)
+    dropout: float = knob(0.2, "share zeroed in training, against learning by heart", 0, 0.9)
     steps: int = knob(1500, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(8, "stretches of block_size tokens a step", 1, 2**16)
     micro_batches: int = knob(1, "parts in which a batch is computed, to save memory", 1, 2**16)
@@ -273,11 +273,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.RMSNorm(config.width, eps=1e-6) for _ in range(2))
         self.attention = Attention(config.width, config.heads)
         self.mlp = MLP(config.width)
-        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation, past=None):
-        x = x + self.drop(self.attention(self.norm1(x), rotation, past))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x, rotation, past=None, keep=(1, 1)):
+        x = x + keep[0] * self.attention(self.norm1(x), rotation, past)
+        return x + keep[1] * self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
@@ -289,7 +288,6 @@ class GPT(nn.Module):
         self.config = config
         self.tokenizer = Tokenizer(config.vocab_size)
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         rotation = rotations(config.block_size, config.width // config.heads)
         self.register_buffer("rotation", rotation, persistent=False)
@@ -305,13 +303,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, tokens, cache=None):
-        """``cache`` (chapter 5): a list for each block, in which it keeps its keys and values."""
+    def forward(self, tokens, cache=None, keep=None):
+        """``cache`` (chapter 5): a list for each block, in which it keeps its keys and values.
+        ``keep`` (chapter 4): what dropout lets pass in training, (B, 2 * layers + 1, 1, W)."""
         first = cache[0][0].shape[2] if cache and cache[0] else 0
         rotation = self.rotation[:, first:first + tokens.shape[1]]               # (2, T, D / 2)
-        x = self.drop(self.embedding(tokens))                                        # (B, T, W)
+        keep = [1] * (2 * len(self.blocks) + 1) if keep is None else keep.unbind(1)
+        x = self.embedding(tokens) * keep[-1]                                        # (B, T, W)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotation, cache[i] if cache else None)
+            x = block(x, rotation, cache[i] if cache else None, keep[2 * i:2 * i + 2])
         return self.head(self.norm(x))                                               # (B, T, V)
 
 
@@ -387,16 +387,28 @@ def schedule(progress):
     return min(1.0, progress / 0.02) * (1 - progress)
 
 
-def gradients(model, batch, parts):
+def draw_dropout(config):
+    """(B, 2 * layers + 1, 1, W): 0 for a share of ``dropout``, else so much that the mean is 1.
+
+    It multiplies what embeddings and branches add. Nothing can be relied upon, so less is learned
+    by heart (Srivastava et al. 2014, JMLR 15). One mask serves all tokens of a stretch (Gal,
+    Ghahramani 2015, arXiv:1512.05287): here as good as one for each. It is drawn with the batch, so
+    it is the same in however many parts or processes the batch is computed.
+    """
+    keep = torch.full((config.batch_size, 2 * config.layers + 1, 1, config.width), 1.0)
+    return torch.bernoulli(keep - config.dropout) / (1 - config.dropout)
+
+
+def gradients(model, batch, keep, parts=1):
     """Tokens (B, T + 1) -> the mean loss of all guesses, in nats; its gradients are in p.grad.
 
     A batch too large for the memory comes in parts, whose gradients add up to those of the whole.
     """
     total = torch.zeros((), device=batch.device)
-    for part in batch.chunk(parts):
+    for some, k in zip(batch.chunk(parts), keep.chunk(parts), strict=True):
         with torch.autocast(batch.device.type, torch.bfloat16, batch.device.type == "cuda"):
-            logits = model(part[:, :-1])                                            # (b, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+            logits = model(some[:, :-1], keep=k)                                    # (b, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), some[:, 1:].flatten(), reduction="sum")
         loss = loss / batch[:, 1:].numel()
         loss.backward()
         total += loss.detach()
@@ -428,8 +440,9 @@ def train(config):
             starts = run.batch_rows(len(tokens) // T - 1) * T
             starts = my_share(starts + torch.randint(T, starts.shape))
             batch = tokens[starts[:, None] + torch.arange(T + 1)].to(device)        # (B, T + 1)
+            keep = my_share(draw_dropout(config)).to(device)
             # Guess every next token, be told, and see which way to move every weight.
-            loss = gradients(compiled, batch, config.micro_batches)
+            loss = gradients(compiled, batch, keep, config.micro_batches)
             average([loss, *(p.grad for p in model.parameters())])  # over all processes, if several
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1)
             run.log(nats_per_byte=loss * tokens_per_byte, grad_norm=grad_norm)

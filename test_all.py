@@ -1045,17 +1045,36 @@ def test_muon_turns_nothing_and_evens_out_lengths():
 
 
 def test_a_batch_in_parts_has_the_same_gradient():
-    model, batch = tiny_gpt(), torch.randint(300, (8, 17))
+    model, batch = tiny_gpt(batch_size=8), torch.randint(300, (8, 17))
+    keep = gpt.draw_dropout(model.config)
+
     def gradient(parts):
         model.zero_grad()
-        loss = gpt.gradients(model, batch, parts)
+        loss = gpt.gradients(model, batch, keep, parts)
         return [loss, *(p.grad.clone() for p in model.parameters())]
 
     whole = gradient(1)
-    expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    logits = model(batch[:, :-1], keep=keep)
+    expected = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     torch.testing.assert_close(whole[0], expected.detach())
     for parts in (4, 3, 8, 99):
         torch.testing.assert_close(gradient(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout():
+    """In training alone; a share of zeros, a mean of 1; every place of the network has its mask."""
+    keep = gpt.draw_dropout(gpt.Config(dropout=0.25, batch_size=50, layers=3, width=40))
+    assert keep.shape == (50, 7, 1, 40) and set(keep.unique().tolist()) == {0, pytest.approx(4 / 3)}
+    assert keep.mean().item() == pytest.approx(1, abs=0.03)
+    assert (gpt.draw_dropout(gpt.Config(dropout=0)) == 1).all()
+    model, tokens = tiny_gpt(), torch.randint(300, (1, 9))
+    with torch.no_grad():
+        for model.training in (True, False):
+            torch.testing.assert_close(model(tokens), model(tokens, keep=torch.ones(1, 5, 1, 16)))
+        for place in range(5):
+            keep = torch.ones(1, 5, 1, 16)
+            keep[:, place, :, 3] = 0
+            assert not torch.allclose(model(tokens), model(tokens, keep=keep))
 
 
 def test_it_learns_one_batch_by_heart():
@@ -1063,7 +1082,7 @@ def test_it_learns_one_batch_by_heart():
     model, batch = gpt.GPT(tiny_gpt().config), torch.randint(300, (4, 17))
     optimizers = gpt.make_optimizers(model)
     for step in range(150):
-        loss = gpt.gradients(model, batch, 1)
+        loss = gpt.gradients(model, batch, torch.ones(4, 5, 1, 16))
         for optimizer, rate in zip(optimizers, (0.03, 0.01), strict=True):
             optimizer.param_groups[0]["lr"] = rate * (1 - step / 150)
             optimizer.step()
