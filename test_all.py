@@ -65,8 +65,7 @@ def test_commands_in_print_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = {vae: 0, gpt: 0}
     for text in [HERE / "README.md", *SCRIPTS]:
-        # A command may go on in the next line, if that begins with a flag.
-        whole = re.sub(r"\n {8,}--", " --", text.read_text())
+        whole = re.sub(r"\\\n +--", " --", text.read_text())
         for name, line in re.findall(r"(?:python|torchrun \S+) (vae|gpt)\.py([^\n`|]*)", whole):
             words = shlex.split(re.split(r"\s{3,}|&&|;|\.\.\.", line)[0])
             count[globals()[name]] += bool(globals()[name].command_line(words))
@@ -1064,7 +1063,7 @@ def test_a_batch_in_parts_has_the_same_gradient():
 def test_dropout():
     """In training alone; a share of zeros, a mean of 1; every place of the network has its mask."""
     keep = gpt.draw_dropout(gpt.Config(dropout=0.25, batch_size=50, layers=3, width=40))
-    assert keep.shape == (50, 7, 1, 40) and set(keep.unique().tolist()) == {0, pytest.approx(4 / 3)}
+    assert keep.shape == (50, 7, 1, 40) and keep.unique().tolist() == pytest.approx([0, 4 / 3])
     assert keep.mean().item() == pytest.approx(1, abs=0.03)
     assert (gpt.draw_dropout(gpt.Config(dropout=0)) == 1).all()
     model, tokens = tiny_gpt(), torch.randint(300, (1, 9))
@@ -1243,7 +1242,7 @@ def test_two_ranks_end_where_one_process_does(text, tmp_path):
     done = subprocess.run([*torchrun, HERE / "gpt.py", *words[1]], capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held out:") == 1 and done.stderr.count("10/10") <= 2
+    assert done.stdout.count("held out:") == 1 and done.stderr.count("gpt:   0%") == 1
     one, two = (torch.cat([p.flatten() for p in gpt.load(tmp_path / name / "checkpoint.pt")
                            .parameters()]) for name in ("one", "two"))
     assert (one - two).norm() / one.norm() < 1e-3 and {p.name for p in tmp_path.glob("two/*")} == {
