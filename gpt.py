@@ -21,16 +21,16 @@ guess well it has to spell, to close brackets, to remember who is speaking; nobo
     python gpt.py --prompt "for i in" --explain              what it thinks comes next
     python gpt.py --data shakespeare --steps 1000            Shakespeare (1 MB, downloaded once)
     python gpt.py --data ~/notes                             your own file, or folder of files
-    python gpt.py --data shakespeare --layers 6 --heads 6 --width 384 --dropout 0.2 \
-        --block-size 256 --batch-size 64 --steps 2000 --compile --out out/gpu       on a GPU
+    python gpt.py --data shakespeare --layers 6 --heads 6 --width 384 --dropout 0.3 \
+        --block-size 256 --batch-size 32 --steps 1000 --compile --out out/gpu       on a GPU
     torchrun --nproc-per-node=N gpt.py ...                                          on N of them
 
 Look into out/gpt: samples.txt, metrics.csv, checkpoint.pt. The same command again goes on where it
-stopped, with the settings of the checkpoint where none are given; on a finished model it only
-writes (--seed 1: another text).
+stopped, with the values of the checkpoint where none are given; on a finished model it only writes
+(--seed 1: another text).
 
 Papers: Radford et al. 2018 and 2019 (GPT and GPT-2); Vaswani et al. 2017 (arXiv:1706.03762), the
-Transformer. What has changed since is named, with its paper, where it stands.
+Transformer. What has changed since is named where it stands.
 """
 import codecs
 import math
@@ -187,11 +187,11 @@ class Tokenizer(nn.Module):
 # B is the batch, T the tokens in a stretch of text, W the width, H the heads, D = W / H, V the
 # vocabulary. W numbers stand for a token, and every layer adds to them: attention adds what it
 # fetched from tokens on the left, the MLP what it makes of that. The sum, the residual stream, is
-# never overwritten, and gradients pass it unharmed. Linear layers have no biases; none is missed.
+# never overwritten, and gradients pass it unharmed. There are no biases anywhere; none is missed.
 
 
 def rotations(count, size):
-    """cos and sin, (2, count, size / 2), of position * speed; speeds fall from 1 to 1 / 10000."""
+    """cos and sin, (2, count, size / 2), of position * speed; speeds fall from 1 towards 1e-4."""
     angle = torch.arange(count)[:, None] * 10000 ** -(torch.arange(0, size, 2) / size)
     return torch.stack([angle.cos(), angle.sin()])
 
@@ -211,11 +211,11 @@ def rotate(x, rotation):
 
 
 class Attention(nn.Module):
-    """Each token asks (query), each offers (key); where the two match, the asker gets its value:
+    """Each token asks (query), each offers (key): the better they match, the more value it gets.
 
         softmax( q k^T / sqrt(D) + mask ) v               (Vaswani et al. 2017, equation 1)
 
-    H heads do so, each with D of the numbers: one may look for the verb, another for the bracket.
+    H heads do so, each in D numbers made from all W: one may look for verbs, one for brackets.
     Without sqrt(D), sums of many products are so large that the softmax sees one token alone. The
     mask keeps a token from seeing what it is to guess. Row: who looks; column: at whom.
 
@@ -235,8 +235,9 @@ class Attention(nn.Module):
     def forward(self, x, rotation, past=None):
         """(B, T, W) -> (B, T, W). ``past`` (chapter 5) is a list: [] at first, then the keys and
         values of the tokens before these; their own are appended."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, mask = rotate(q, rotation), rotate(k, rotation), None    # q, k, v are (B, H, T, D)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                    # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, H, T, D) each
+        q, k, mask = rotate(q, rotation), rotate(k, rotation), None
         if past:
             before = past[0].shape[2]
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -266,7 +267,7 @@ class Block(nn.Module):
     """x + attention, then x + MLP. Each first brings its input to mean square 1: to normalise
     before, not after (Xiong et al. 2020, arXiv:2002.04745), leaves the residual stream alone, and
     training is stable from the start. RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm
-    without mean and bias, which are not missed."""
+    without mean and bias."""
 
     def __init__(self, config):
         super().__init__()
@@ -294,8 +295,9 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         # The last layer of each branch starts at zero: every block begins as "do nothing". So does
-        # the head: all tokens begin equally likely, with a loss of ln V. The other layers keep the
-        # size of what they get. Embeddings are N(0, 1); GPT-2's 0.02 makes learning far slower.
+        # the head: all tokens begin equally likely, and a guess costs ln V. The other layers keep
+        # the size of what they get. Embeddings are N(0, 1); GPT-2's 0.02 makes learning far slower,
+        # and so does one matrix for embedding and head, as GPT-2 has it.
         for block in self.blocks:
             for layer in (block.attention.qkv, block.mlp.up):
                 nn.init.normal_(layer.weight, std=config.width**-0.5)
@@ -305,7 +307,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None, keep=None):
         """``cache`` (chapter 5): a list for each block, in which it keeps its keys and values.
-        ``keep`` (chapter 4): what dropout lets pass in training, (B, 2 * layers + 1, 1, W)."""
+        ``keep`` (chapter 4): what dropout lets pass in training, (B, 2 * layers + 1, 1, W): two
+        for each block, and the last for the embedding."""
         first = cache[0][0].shape[2] if cache and cache[0] else 0
         rotation = self.rotation[:, first:first + tokens.shape[1]]               # (2, T, D / 2)
         keep = [1] * (2 * len(self.blocks) + 1) if keep is None else keep.unbind(1)
@@ -335,15 +338,15 @@ def nats_per_byte(model, text):
     x = F.pad(tokens[:-1], (0, pad)).view(-1, T).to(model.head.weight.device)
     y = F.pad(tokens[1:], (0, pad), value=-100).view(-1, T).to(x.device)  # -100 does not count
     with evaluating(model):
-        for xs, ys in zip(x.split(32), y.split(32), strict=True):
+        for xs, ys in zip(*(t.split(max(1, 4096 // T)) for t in (x, y)), strict=True):
             logits = model(xs).flatten(0, 1).float()                              # (B * T, V)
             nats += F.cross_entropy(logits, ys.flatten(), reduction="sum").item()
     return nats / len(model.tokenizer.decode(tokens[1:].tolist()))
 
 
 # ==== 4. Training =================================================================================
-# train, at the end of the chapter, is the loop. Two optimisers take turns in it, each with the
-# parameters that it is good at.
+# train, at the end of the chapter, is the loop. Two optimisers share the work in it, each with what
+# it is good at. run (block `runs`) does the rest: seeds, order of the rows, checkpoints, stopping.
 
 
 class Muon(torch.optim.Optimizer):
@@ -351,8 +354,8 @@ class Muon(torch.optim.Optimizer):
 
     A gradient matrix (SVD: U S V^T) has few strong directions and many weak ones, and the strong
     take all of the step. Muon steps by about U V^T, all directions alike. No SVD is needed: rounds
-    of  x <- a x + b (x x^T) x + c (x x^T)^2 x  bring singular values near 1. Three rounds do better
-    here than the usual five, which cost more. (torch.optim.Muon works in bfloat16, slow on a CPU.)
+    of  x <- a x + b (x x^T) x + c (x x^T)^2 x  bring all but tiny singular values near 1. Three do
+    better here than the usual five, which cost more. (torch.optim.Muon is slow on a CPU.)
     """
 
     def __init__(self, matrices):
@@ -375,8 +378,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model):
-    """Muon for the blocks' matrices; AdamW for embedding and head, whose rows stand for tokens and
-    are each used now and then, and for the norms. Every parameter is in exactly one."""
+    """Muon for the blocks' matrices; AdamW for embedding and head, whose rows stand for tokens,
+    most of them rare, and for the norms. Every parameter is in exactly one."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     return Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -392,7 +395,7 @@ def draw_dropout(config):
 
     It multiplies what embeddings and branches add. Nothing can be relied upon, so less is learned
     by heart (Srivastava et al. 2014, JMLR 15). One mask serves all tokens of a stretch (Gal,
-    Ghahramani 2015, arXiv:1512.05287): here as good as one for each. It is drawn with the batch, so
+    Ghahramani 2015, arXiv:1512.05287), here as good as one for each. It is drawn with the batch, so
     it is the same in however many parts or processes the batch is computed.
     """
     keep = torch.full((config.batch_size, 2 * config.layers + 1, 1, config.width), 1.0)
@@ -421,8 +424,9 @@ def train(config):
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
     KeyboardInterrupt (it was stopped; the same call goes on).
     """
-    if config.prompt == "-":
-        config.prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    if config.prompt == "-" and leading():
+        typed = sys.stdin.buffer.read().decode("utf-8", "replace")
+        config.prompt = typed.removesuffix("\n").removesuffix("\r")
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     model = GPT(config).to(device)
@@ -451,8 +455,9 @@ def train(config):
                 optimizer.param_groups[0]["lr"] = rate * share
                 optimizer.step()
                 optimizer.zero_grad()
-            if run.due(5):
+            if run.due(5):  # now and then, to see how it comes on
                 run.log(held_out=nats_per_byte(model, held_out[:20000]))
+                run.write("samples.txt", generate(model, config.prompt, seed=config.seed).encode())
         nats = nats_per_byte(model, held_out)
         run.finish({"test_nats_per_byte": nats, "test_bits_per_byte": nats / math.log(2)})
     if leading():
@@ -495,7 +500,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     the top_k likeliest may be drawn (0: all), and only the fewest that make up a share of top_p of
     all probability (the nucleus: Holtzman et al. 2019, arXiv:1904.09751).
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax().item()
     p = ((logits - logits.max()) / temperature).softmax(0)
     p, order = p.sort(descending=True)
@@ -687,11 +692,11 @@ def command_line(argv):
         about = f"{f.metadata['about']} (default {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
-    config = Config(**given)
-    path = Path(config.out, "checkpoint.pt")
-    if path.exists() and not config.restart:
-        config = Config(**(read_checkpoint(path)["config"] | given | {"out": config.out}))
-    return config
+    out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
+    path = Path(out, "checkpoint.pt")
+    if path.exists() and not given.get("restart"):
+        given = read_checkpoint(path)["config"] | given | {"out": out}
+    return Config(**given)
 
 
 def launch(argv, job):
@@ -758,10 +763,14 @@ def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
 
 
+def together():
+    """True where several processes train one model (block ranks)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def leading():
-    """Of several processes that train together (block ranks), one writes and speaks: is it this?"""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not together or torch.distributed.get_rank() == 0
+    """True in the one process that writes and speaks."""
+    return not together() or torch.distributed.get_rank() == 0
 
 
 def to_bytes(tensor):
@@ -913,8 +922,8 @@ class Run:
         return self.step > 0 and self.step // part > (self.step - 1) // part
 
     def log(self, **figures):
-        """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
-        FloatingPointError stops the run when a figure is not finite."""
+        """For the bar and metrics.csv: means over 20 steps. Training's figures go in before the
+        update, since FloatingPointError stops the run when one is not finite."""
         for name, value in figures.items():
             number = torch.as_tensor(value).item()
             if not math.isfinite(number):
@@ -971,7 +980,7 @@ def ranks():
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
     try:
         yield
@@ -981,7 +990,7 @@ def ranks():
 
 def my_share(rows):
     """This process's equal share of a batch, (B, ...) -> (B / processes, ...)."""
-    if not dist.is_initialized():
+    if not together():
         return rows
     if len(rows) % dist.get_world_size():
         fail(f"--batch-size {len(rows)} does not divide among {dist.get_world_size()} processes")
@@ -990,7 +999,7 @@ def my_share(rows):
 
 def average(tensors):
     """Each float tensor becomes, in place, its mean over all processes."""
-    if dist.is_initialized():
+    if together():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
@@ -1000,7 +1009,7 @@ def average(tensors):
 
 def highest(number):
     """The highest of all processes' numbers: what one is told (to stop, say), all are."""
-    if not dist.is_initialized():
+    if not together():
         return number
     number = torch.tensor(number)
     dist.all_reduce(number, dist.ReduceOp.MAX)

@@ -478,11 +478,11 @@ def command_line(argv):
         about = f"{f.metadata['about']} (default {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
-    config = Config(**given)
-    path = Path(config.out, "checkpoint.pt")
-    if path.exists() and not config.restart:
-        config = Config(**(read_checkpoint(path)["config"] | given | {"out": config.out}))
-    return config
+    out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
+    path = Path(out, "checkpoint.pt")
+    if path.exists() and not given.get("restart"):
+        given = read_checkpoint(path)["config"] | given | {"out": out}
+    return Config(**given)
 
 
 def launch(argv, job):
@@ -549,10 +549,14 @@ def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
 
 
+def together():
+    """True where several processes train one model (block ranks)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def leading():
-    """Of several processes that train together (block ranks), one writes and speaks: is it this?"""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not together or torch.distributed.get_rank() == 0
+    """True in the one process that writes and speaks."""
+    return not together() or torch.distributed.get_rank() == 0
 
 
 def to_bytes(tensor):
@@ -704,8 +708,8 @@ class Run:
         return self.step > 0 and self.step // part > (self.step - 1) // part
 
     def log(self, **figures):
-        """For the bar and metrics.csv: means over 20 steps. To be called before the update, since
-        FloatingPointError stops the run when a figure is not finite."""
+        """For the bar and metrics.csv: means over 20 steps. Training's figures go in before the
+        update, since FloatingPointError stops the run when one is not finite."""
         for name, value in figures.items():
             number = torch.as_tensor(value).item()
             if not math.isfinite(number):
