@@ -197,7 +197,7 @@ def rotations(count, size):
 
 
 def rotate(x, rotation):
-    """Mark queries or keys (B, H, T, D) with their positions (RoPE: Su et al. 2021,
+    """Mark queries and keys (..., T, D) with their positions (RoPE: Su et al. 2021,
     arXiv:2104.09864, equation 15); ``rotation`` is (2, T, D / 2).
 
     Attention compares by dot products, and they see no order. So each pair of numbers (a, b) in a
@@ -235,17 +235,16 @@ class Attention(nn.Module):
     def forward(self, x, rotation, past=None):
         """(B, T, W) -> (B, T, W). ``past`` (chapter 5) is a list: [] at first, then the keys and
         values of the tokens before these; their own are appended."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                    # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, H, T, D) each
-        q, k, mask = rotate(q, rotation), rotate(k, rotation), None
-        if past:
-            before = past[0].shape[2]
+        (_, T, _), before = x.shape, past[0].shape[2] if past else 0
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        (q, k), v, mask = rotate(qkv[:2], rotation), qkv[2], None              # (B, H, T, D) each
+        if before:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
-            mask = mask.tril(before)  # row t may see columns up to before + t
         if past is not None:
             past[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        if before and T > 1:  # one token may look at all before it; of several, t at before + t
+            mask = torch.ones(T, before + T, dtype=torch.bool, device=x.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -488,7 +487,7 @@ class Context:
         if not self.tokens:
             self.cache = [[] for _ in self.model.blocks]
         self.tokens = self.tokens + new
-        with evaluating(self.model):
+        with torch.no_grad():  # nothing in this model acts otherwise while it trains
             x = torch.tensor([new], device=self.model.head.weight.device)
             return self.model(x, self.cache)[0, -1].float().cpu()
 

@@ -1177,7 +1177,7 @@ def test_gpt_stopped_and_started_again(text, writer, tmp_path, monkeypatch, caps
     assert "goes on" in capsys.readouterr().err.splitlines()[-1]
     assert weights(tmp_path)["step"] == 8
     monkeypatch.undo()
-    monkeypatch.setattr(gpt, "choose", lambda *a: signal.raise_signal(number))  # and while writing
+    monkeypatch.setattr(gpt, "write_samples", lambda *a: signal.raise_signal(number))
     assert gpt.main(["--out", str(tmp_path)]) == 128 + number
     monkeypatch.undo()
     assert gpt.main(["--out", str(tmp_path)]) == 0  # all other settings come from the checkpoint
