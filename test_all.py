@@ -857,7 +857,7 @@ def test_cached_logits_are_those_of_a_plain_forward():
             with torch.no_grad():
                 plain = model(torch.tensor([context.tokens]))[0, -1]
             torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
-            assert context.cache[0][0].shape[2] == sizes[-1]
+            assert context.cache[0][0].shape[2] == sizes[-1] and not logits.requires_grad
         assert max(sizes) == 16 if 16 % parts == 0 else max(sizes) > 10
         if parts == 1:
             assert sizes == [*range(1, 17), *(8 + i % 9 for i in range(44))]
@@ -875,6 +875,14 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert scores[:, 0].std() > 0.05
     torch.testing.assert_close(at[0].norm(dim=1), q.norm().expand(40))
     torch.testing.assert_close(at[0][0], q)  # the first position is not turned
+
+
+def test_the_order_of_tokens_matters():
+    """Attention alone sees a set; in one layer only the rotation tells a b c from b a c."""
+    model = tiny_gpt(layers=1)
+    with torch.no_grad():
+        one, other = model(torch.tensor([[1, 2, 3], [2, 1, 3]]))[:, -1]
+    assert (one - other).abs().max() > 1e-3
 
 
 def test_before_training_all_tokens_are_equally_likely():
