@@ -424,9 +424,7 @@ def train(config):
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
     KeyboardInterrupt (it was stopped; the same call goes on).
     """
-    if config.prompt == "-" and leading():
-        typed = sys.stdin.buffer.read().decode("utf-8", "replace")
-        config.prompt = typed.removesuffix("\n").removesuffix("\r")
+    read_prompt(config)
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     model = GPT(config).to(device)
@@ -611,6 +609,13 @@ def load_manual():
         seen |= paragraphs.keys()
         (train if zlib.crc32(name.encode()) % 10 else held_out).append("\n\n".join(fresh))
     return "\n\n\n".join(train), "\n\n\n".join(held_out)
+
+
+def read_prompt(config):
+    """--prompt -: what comes on stdin, less the end of its last line."""
+    if config.prompt == "-" and leading():
+        typed = sys.stdin.buffer.read().decode("utf-8", "replace")
+        config.prompt = typed.removesuffix("\n").removesuffix("\r")
 
 
 def prepare(run, model, text, held_out):
