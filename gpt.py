@@ -453,7 +453,7 @@ def train(config):
                 optimizer.param_groups[0]["lr"] = rate * share
                 optimizer.step()
                 optimizer.zero_grad()
-            if run.due(5):  # now and then, to see how it comes on
+            if run.due(5):  # now and then, to see how it comes on (20,000 characters are enough)
                 run.log(held_out=nats_per_byte(model, held_out[:20000]))
                 run.write("samples.txt", generate(model, config.prompt, seed=config.seed).encode())
         nats = nats_per_byte(model, held_out)
@@ -694,7 +694,8 @@ def command_line(argv):
     parser.error = fail
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        about = f"{f.metadata['about']} (default {f.default})".replace("%", "%%")
+        default = "" if f.default == "" or f.default is False else f" (default {f.default})"
+        about = (f.metadata["about"] + default).replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
     out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
@@ -716,6 +717,9 @@ def launch(argv, job):
     except KeyboardInterrupt as error:
         status = 128 + (error.args or (signal.SIGINT,))[0]
         words = "stopped; the same command, less any --restart, goes on"
+    except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
@@ -951,8 +955,8 @@ class Run:
 
     def finish(self, figures):
         """The held-out figures go into the last row: the run is trained and judged."""
-        if not self.rows:  # stopped so early that there is none
-            self.rows.append({"step": self.step, "seconds": self.seconds})
+        if not self.rows or self.rows[-1]["step"] != self.step:  # stopped between two rows
+            self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)})
         self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
         self.judged = True
         self.save()

@@ -745,6 +745,7 @@ def test_help(capsys):
         vae.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(vae.flag(f.name) in text for f in vae.fields(vae.Config))
+    assert "(default 64)" in text and "(default )" not in text and "False" not in text
 
 
 def test_a_folder_that_cannot_be(data, tmp_path, capsys):
@@ -1405,3 +1406,9 @@ def test_gpt_on_its_built_in_data(tmp_path):
     done = subprocess.run([*command[:2], "--prompt", "-"], cwd=tmp_path, capture_output=True,
                           input="naïve".encode(), timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("naïve".encode())
+    command = [*command[:2], "--tokens", "3000", "--seed", "1"]  # and into a reader that leaves
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 0

@@ -475,7 +475,8 @@ def command_line(argv):
     parser.error = fail
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        about = f"{f.metadata['about']} (default {f.default})".replace("%", "%%")
+        default = "" if f.default == "" or f.default is False else f" (default {f.default})"
+        about = (f.metadata["about"] + default).replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
     out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
@@ -497,6 +498,9 @@ def launch(argv, job):
     except KeyboardInterrupt as error:
         status = 128 + (error.args or (signal.SIGINT,))[0]
         words = "stopped; the same command, less any --restart, goes on"
+    except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
@@ -732,8 +736,8 @@ class Run:
 
     def finish(self, figures):
         """The held-out figures go into the last row: the run is trained and judged."""
-        if not self.rows:  # stopped so early that there is none
-            self.rows.append({"step": self.step, "seconds": self.seconds})
+        if not self.rows or self.rows[-1]["step"] != self.step:  # stopped between two rows
+            self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)})
         self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
         self.judged = True
         self.save()
