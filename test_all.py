@@ -546,37 +546,43 @@ def test_python_names(data, reference):
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-def test_killed_and_started_again(data, reference, tmp_path):
-    """kill -9 in mid-run, between two rows of metrics.csv: the end is the same, to the bit."""
-    words = arguments(data, tmp_path / "o")
+def kill_and_start_again(script, function, words, out, whole):
+    """kill -9 in the 35th call of ``function``, between two rows of metrics.csv, and the command
+    again: the end is that of the ``whole`` run, to the bit -> what the second process printed."""
     code = f"""
 import itertools, os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
-import vae
+import {script} as script
 clock = itertools.count(0, 9)
-vae.time.perf_counter = lambda: next(clock)  # time flies: a checkpoint every few steps
-elbo, calls = vae.elbo_terms, itertools.count()
-def killer(model, x):
+script.time.perf_counter = lambda: next(clock)  # time flies: a checkpoint every few steps
+real, calls = script.{function}, itertools.count()
+def killer(*a):
     if next(calls) == 34:
         os.kill(os.getpid(), signal.SIGKILL)
-    return elbo(model, x)
-vae.elbo_terms = killer
-vae.main({words!r})
+    return real(*a)
+script.{function} = killer
+script.main({words!r})
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    step = weights(tmp_path / "o")["step"]
+    step = weights(out)["step"]
     assert 20 < step <= 34 and step % 20
-    (tmp_path / "o" / "checkpoint.pt.partial").write_bytes(b"half")  # as if killed while writing
-    done = subprocess.run([sys.executable, HERE / "vae.py", *words], capture_output=True, text=True,
+    (out / "checkpoint.pt.partial").write_bytes(b"half")  # as if killed while writing
+    done = subprocess.run([sys.executable, HERE / f"{script}.py", *words], capture_output=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "held out" in done.stdout and str(tmp_path / "o" / "walk.png") in done.stdout
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
-    assert same(weights(tmp_path / "o"), weights(reference))
-    assert rows_of(tmp_path / "o") == rows_of(reference)
-    for name in ("samples.png", "walk.png", "reconstructions.png"):
-        assert (tmp_path / "o" / name).read_bytes() == (reference / name).read_bytes(), name
+    assert b"Warning" not in done.stderr and b"Traceback" not in done.stderr
+    assert same(weights(out), weights(whole)) and rows_of(out) == rows_of(whole)
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+    for path in [*whole.glob("*.png"), *whole.glob("*.txt")]:
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    return done.stdout.decode()
+
+
+def test_killed_and_started_again(data, reference, tmp_path):
+    out = tmp_path / "o"
+    shown = kill_and_start_again("vae", "elbo_terms", arguments(data, out), out, reference)
+    assert "held out" in shown and str(out / "walk.png") in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1143,32 +1149,9 @@ def test_what_a_gpt_run_leaves(writer, text):
 
 
 def test_gpt_killed_and_started_again(text, writer, tmp_path):
-    words = gpt_words(text, tmp_path / "o")
-    code = f"""
-import itertools, os, signal, sys
-sys.path.insert(0, {str(HERE)!r})
-import gpt
-clock = itertools.count(0, 9)
-gpt.time.perf_counter = lambda: next(clock)  # time flies: a checkpoint every few steps
-gradients, calls = gpt.gradients, itertools.count()
-def killer(*a):
-    if next(calls) == 34:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return gradients(*a)
-gpt.gradients = killer
-gpt.main({words!r})
-"""
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert 20 < weights(tmp_path / "o")["step"] <= 34
-    done = subprocess.run([sys.executable, HERE / "gpt.py", *words], capture_output=True,
-                          timeout=120)
-    assert done.returncode == 0 and b"Warning" not in done.stderr, done.stderr
-    assert same(weights(tmp_path / "o"), weights(writer))
-    assert rows_of(tmp_path / "o") == rows_of(writer)
-    written = (writer / "samples.txt").read_text()
-    assert (tmp_path / "o" / "samples.txt").read_text() == written
-    assert done.stdout.decode().startswith(written)
+    out = tmp_path / "o"
+    shown = kill_and_start_again("gpt", "gradients", gpt_words(text, out), out, writer)
+    assert shown.startswith((writer / "samples.txt").read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
