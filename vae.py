@@ -458,7 +458,7 @@ def check_config(config):
     special = [NAME]
     for f in fields(config):
         value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
-        fits = type(value) is kind or (kind is float and type(value) is int)
+        fits = type(value) is kind or (kind, type(value)) in ((float, int), (tuple, list))
         if fits and within:
             fits = value in within if kind is str else within[0] <= value <= within[1]
         if not fits:
@@ -475,7 +475,8 @@ def command_line(argv):
     parser.error = fail
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        default = "" if f.default == "" or f.default is False else f" (default {f.default})"
+        how = {"action": "append"} if f.default == () else how
+        default = "" if f.default in ("", ()) or f.default is False else f" (default {f.default})"
         about = (f.metadata["about"] + default).replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
     given = vars(parser.parse_args(argv))
