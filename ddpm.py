@@ -509,7 +509,7 @@ def bits_per_dim(model, images, every=1, seed=None):
     nats = 0.5 * (a * x0**2 - a - math.log(1 - a)).sum((1, 2, 3)).double()          # L_T
     for t in tqdm(range(1, T + 1), desc="judging", leave=False, disable=not leading()):
         some = rows if t == 1 else rows[(rows + t) % every == 0]
-        for i in some.split(500):
+        for i in some.split(500) if len(some) else ():
             x, at = x0[i], torch.full((len(i),), t, device=device)
             eps = torch.randn(x.shape, generator=noise).to(device)
             xt = diffuse(alpha_bar, x, at, eps)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-import gpt  # before torch, whose import it keeps from warning where numpy is missing
+import ddpm  # before torch, whose import it keeps from warning where numpy is missing
+import gpt
 import vae
 
 import torch
@@ -63,10 +64,11 @@ def test_a_script_stands_alone(script):
 def test_commands_in_print_are_understood(tmp_path, monkeypatch):
     """Every ``python vae.py ...`` in README and docstrings has good flags and values."""
     monkeypatch.chdir(tmp_path)
-    count = {vae: 0, gpt: 0}
+    count = {vae: 0, gpt: 0, ddpm: 0}
     for text in [HERE / "README.md", *SCRIPTS]:
         whole = re.sub(r"\\\n +--", " --", text.read_text())
-        for name, line in re.findall(r"(?:python|torchrun \S+) (vae|gpt)\.py([^\n`|]*)", whole):
+        commands = r"(?:python|torchrun \S+) (vae|gpt|ddpm)\.py([^\n`|]*)"
+        for name, line in re.findall(commands, whole):
             words = shlex.split(re.split(r"\s{3,}|&&|;|\.\.\.", line)[0])
             count[globals()[name]] += bool(globals()[name].command_line(words))
     assert min(count.values()) >= 5, count
@@ -1395,3 +1397,221 @@ def test_gpt_on_its_built_in_data(tmp_path):
         os.read(process.stdout.fileno(), 1)
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(60) == 0
+
+
+# ==== ddpm.py: the mathematics ====================================================================
+
+
+class TrueDenoiser(ddpm.UNet):
+    """What a perfect network says of pixels from N(MEAN, STD^2); no weights."""
+    MEAN, STD = 0.1, 0.3
+
+    def forward(self, x, t, tokens):
+        signal, noise = ddpm.amounts(self.alpha_bar, t, x)
+        gain = signal * self.STD**2 / (signal**2 * self.STD**2 + noise**2)
+        x0 = self.MEAN + gain * (x - signal * self.MEAN)
+        return (signal * x - x0) / noise
+
+
+def tiny_ddpm(kind=ddpm.UNet, **settings):
+    torch.manual_seed(0)
+    model = kind(ddpm.Config(width=8, blocks=1, **settings))
+    model.prompt.learn(["thin upright three", "bold slanted eight"])
+    with torch.no_grad():
+        for parameter in model.parameters():  # layers that start at zero would hide what they hear
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_many_small_steps_are_one():
+    """q(x_t | x_0) against t single steps (Ho et al. 2020, equations 2 and 4)."""
+    alpha_bar, x0 = ddpm.cosine_schedule(50), torch.full((20000, 1, 1, 1), 0.7)
+    x, g = x0.clone(), torch.Generator().manual_seed(0)
+    for t in range(1, 51):
+        beta = (1 - alpha_bar[t] / alpha_bar[t - 1]).float()
+        x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn(x.shape, generator=g)
+        if t in (1, 10, 30, 50):
+            at = torch.full((len(x),), t)
+            whole = ddpm.diffuse(alpha_bar, x0, at, torch.randn(x.shape, generator=g))
+            assert abs(x.mean() - whole.mean()) < 0.03 and abs(x.std() / whole.std() - 1) < 0.03
+            assert math.isclose(whole.std(), (1 - alpha_bar[t]).sqrt(), rel_tol=0.03)
+
+
+@pytest.mark.parametrize("steps", [50, 250, 1000, 4000])
+def test_at_the_last_step_hardly_any_signal_is_left(steps):
+    alpha_bar = ddpm.cosine_schedule(steps)
+    assert len(alpha_bar) == steps + 1 and alpha_bar[0] == 1 and alpha_bar[-1].sqrt() < 0.05
+    assert (alpha_bar[1:] < alpha_bar[:-1]).all()
+
+
+def test_noise_picture_and_v_are_one():
+    alpha_bar, t = ddpm.cosine_schedule(1000), torch.tensor([1, 2, 500, 999, 1000])
+    x0, eps = torch.randn(2, 5, 1, 4, 4)
+    xt, v = ddpm.diffuse(alpha_bar, x0, t, eps), ddpm.velocity(alpha_bar, x0, t, eps)
+    torch.testing.assert_close(ddpm.picture_and_noise(alpha_bar, xt, t, v), (x0, eps),
+                               atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("t, s", [(2, 1), (500, 499), (900, 400), (1000, 999)])
+def test_step_back_is_bayes_rule(t, s):
+    """eta 1: the posterior q(x_s | x_t, x_0), by brute force over a grid of x_s."""
+    alpha_bar = ddpm.cosine_schedule(1000)
+    x0, xt, a, b = 0.4, -0.8, alpha_bar[t], alpha_bar[s]
+    at = torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
+    log_p = -(at - b.sqrt() * x0)**2 / (2 * (1 - b))
+    log_p = log_p - (xt - (a / b).sqrt() * at)**2 / (2 * (1 - a / b))
+    p = log_p.softmax(0)
+    mean, sigma = ddpm.step_back(alpha_bar, torch.tensor(x0), torch.tensor(xt), t, s, eta=1)
+    assert math.isclose(mean, (p * at).sum(), abs_tol=1e-4)
+    assert math.isclose(sigma**2, (p * at**2).sum() - (p * at).sum()**2, rel_tol=1e-3)
+
+
+def test_no_noise_at_the_last_step():
+    alpha_bar, x = ddpm.cosine_schedule(1000), torch.randn(3)
+    mean, sigma = ddpm.step_back(alpha_bar, x, torch.randn(3), 40, 0, eta=1)
+    assert sigma == 0 and torch.equal(mean, x)
+
+
+def test_training_and_sampling_meet_the_same_times(monkeypatch):
+    model, met = tiny_ddpm(diffusion_steps=8, sampling_steps=8), []
+    table = model.prompt.tokens(["a three", "an eight"])[:, None]
+    t, *_ = ddpm.draw_batch(model, torch.zeros(4000, dtype=torch.long), table)
+    assert set(t.tolist()) == set(range(1, 9)) and t.bincount(minlength=9)[1:].min() > 400
+    monkeypatch.setattr(ddpm, "guided", lambda model, x, t, *_: met.extend(t.tolist()) or x)
+    ddpm.sample(model, ["a three"], sampling_steps=8, seed=0)
+    assert met == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("steps, eta", [(1000, 1.0), (1000, 0.0), (25, 0.0)])
+def test_a_perfect_denoiser_samples_the_truth(steps, eta):
+    """Its pictures have the mean of the data and the variance that the recursion predicts."""
+    model = tiny_ddpm(TrueDenoiser)
+    x = 2 * ddpm.sample(model, [""] * 60, steps, 1.0, eta, seed=0) - 1
+    times, var = torch.linspace(1000, 0, steps + 1).round().long().tolist(), 1.0
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        a, b = model.alpha_bar[t].item(), model.alpha_bar[s].item()
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        gain = math.sqrt(a) * model.STD**2 / (a * model.STD**2 + 1 - a)  # of x_0's guess, by x_t
+        keep = math.sqrt((1 - b - sigma2) / (1 - a))
+        var = (math.sqrt(b) * gain + keep * (1 - math.sqrt(a) * gain))**2 * var + sigma2
+    assert abs(x.mean() - model.MEAN) < 0.01
+    assert math.isclose(x.var(), var, rel_tol=0.03)
+    if steps == 1000:
+        assert math.isclose(var, model.STD**2, rel_tol=0.04)
+
+
+def test_bits_of_a_perfect_denoiser_are_the_closed_form():
+    model, T = tiny_ddpm(TrueDenoiser), 1000
+    x = (model.MEAN + model.STD * torch.randn(8, 1, 28, 28)).clamp(-1, 1)
+    images = ((x / 2 + 0.5) * 255).round() / 255
+    a, nats = model.alpha_bar[T].item(), 0.0
+    nats += 0.5 * (a * (model.STD**2 + model.MEAN**2) - a - math.log(1 - a))
+    for t in range(1, T + 1):  # what is left to know of x_0, once x_t is known
+        a = model.alpha_bar[t].item()
+        left = 1 / (1 / model.STD**2 + a / (1 - a))
+        u, s = max(t, 2), max(t, 2) - 1
+        au, b = model.alpha_bar[u].item(), model.alpha_bar[s].item()
+        sigma2 = (1 - b) / (1 - au) * (1 - au / b)
+        if t > 1:
+            nats += b * (1 - au / b)**2 / (1 - au)**2 * left / (2 * sigma2)
+        else:  # the mean over what the guess lacks, r, of the log of what falls into the bin
+            r = torch.linspace(-8, 8, 20001, dtype=torch.float64) * left**0.5
+            edges = [torch.special.ndtr((r + h) / sigma2**0.5) for h in (1 / 255, -1 / 255)]
+            weight = (-r**2 / (2 * left)).softmax(0)
+            nats -= (weight * (edges[0] - edges[1]).clamp(min=1e-300).log()).sum().item()
+    bits = ddpm.bits_per_dim(model, images, seed=0)
+    assert bits.shape == (8,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.01)
+
+
+def test_guidance_none_and_one():
+    model, x, t = tiny_ddpm(), torch.randn(2, 1, 28, 28), torch.tensor([300, 700])
+    tokens = model.prompt.tokens(["a thin three", "an eight"])
+    with torch.no_grad():
+        prompted, unprompted = model(x, t, tokens), model(x, t, 0 * tokens)
+        for g, expected in ((0, unprompted), (1, prompted), (3, 3 * prompted - 2 * unprompted)):
+            v = ddpm.guided(model, x, t, tokens, torch.tensor([g, g]))
+            torch.testing.assert_close(v, expected, atol=1e-4, rtol=1e-4)
+        mixed = ddpm.guided(model, x, t, tokens, torch.tensor([0, 1]))
+    torch.testing.assert_close(mixed, torch.stack([unprompted[0], prompted[1]]), atol=1e-4, rtol=0)
+    assert (prompted - unprompted).abs().max() > 1e-3
+
+
+def test_words_and_their_order():
+    model = tiny_ddpm()
+    with torch.no_grad():
+        e = model.prompt(model.prompt.tokens(["thin three", "three thin", "three", "", "A three"]))
+    assert (e[0] - e[1]).norm() > 1e-2 and (e[0] - e[2]).norm() > 1e-2 and (e[3] == 0).all()
+    with pytest.raises(ddpm.UserError, match="'zebra'.*bold eight slanted"):
+        ddpm.sample(model, ["a zebra"], 2)
+    assert [ddpm.caption(n) for n in ("eight", "one", "ankle boot", "t-shirt", "upright one")] == [
+        "an eight", "a one", "an ankle boot", "a t-shirt", "an upright one"]
+
+
+def test_dropped_captions_are_dropped():
+    model = tiny_ddpm(drop_caption=0.3)
+    table = model.prompt.tokens(["a thin three", "an eight"])[:, None]
+    *_, tokens = ddpm.draw_batch(model, torch.randint(2, (5000,)), table)
+    dropped = (tokens == 0).all(1)
+    assert abs(dropped.float().mean() - 0.3) < 0.03
+
+
+def test_neighbouring_times_differ():
+    e = ddpm.time_embedding(torch.arange(1001).float(), 64)
+    assert (e[1:] - e[:-1]).norm(dim=1).min() > 0.1
+    model, x = tiny_ddpm(), torch.randn(1, 1, 28, 28)
+    with torch.no_grad():
+        a, b = (model(x, torch.tensor([t]), torch.zeros(1, 1).long()) for t in (10, 500))
+    assert (a - b).abs().max() > 1e-3
+
+
+# ==== ddpm.py as its users run it =================================================================
+
+
+def ddpm_words(data, out, **settings):
+    settings = {"data": data, "out": out, "steps": 22, "batch_size": 6, "width": 8, "blocks": 1,
+                "diffusion_steps": 20, "sampling_steps": 4, "samples": 20} | settings
+    return [word for name, value in settings.items() for word in (ddpm.flag(name), str(value))]
+
+
+@pytest.fixture(scope="session")
+def painter(data, tmp_path_factory):
+    """One unbroken run of ddpm.py, which several tests look at and none may change."""
+    out = tmp_path_factory.mktemp("painter")
+    assert ddpm.main(ddpm_words(data, out)) == 0
+    return out
+
+
+def test_what_a_ddpm_run_leaves(painter):
+    assert {p.name for p in painter.iterdir()} == {
+        "checkpoint.pt", "metrics.csv", "samples.png", "forward.png", "denoising.png",
+        "neighbours.png"}
+    assert float(rows_of(painter)[-1]["test_bits_per_dim"]) > 0
+
+
+def test_the_average_is_sampled(painter):
+    state = torch.load(painter / "checkpoint.pt", weights_only=True)
+    model = ddpm.load(painter / "checkpoint.pt")
+    weight = model.out.weight
+    assert torch.equal(weight, state["average"]["module.out.weight"])
+    assert not torch.equal(weight, state["model"]["out.weight"]) and not model.training
+    images = ddpm.sample(model, ["a seven", "", "an eight"], 3, seed=1)
+    assert images.shape == (3, 1, 28, 28) and 0 <= images.min() and images.max() <= 1
+    assert torch.equal(images, ddpm.sample(model, ["a seven", "", "an eight"], 3, seed=1))
+
+
+@pytest.mark.parametrize("words, needle", [
+    (["--prompt", "a zebra"], "zebra"), (["--guidance", "-1"], "--guidance"),
+    (["--sampling-steps", "21"], "--sampling-steps"), (["--width", "12"], "--width")])
+def test_ddpm_refuses_in_one_line(painter, data, tmp_path, capsys, words, needle):
+    out = copy_of(painter, tmp_path)
+    assert ddpm.main([*ddpm_words(data, out), *words]) == 2
+    one_line(capsys, needle, script="ddpm")
+
+
+def test_prompts_repeat(painter, tmp_path):
+    out = copy_of(painter, tmp_path)
+    before = (out / "samples.png").read_bytes()
+    assert ddpm.main(["--out", str(out), "--prompt", "a two", "--prompt", "an eight"]) == 0
+    assert (out / "samples.png").read_bytes() != before
+    with pytest.raises(ddpm.UserError):
+        ddpm.Config(prompt="a two")
