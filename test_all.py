@@ -1568,7 +1568,7 @@ def test_neighbouring_times_differ():
 
 
 def ddpm_words(data, out, **settings):
-    settings = {"data": data, "out": out, "steps": 22, "batch_size": 6, "width": 8, "blocks": 1,
+    settings = {"data": data, "out": out, "steps": 45, "batch_size": 6, "width": 8, "blocks": 1,
                 "diffusion_steps": 20, "sampling_steps": 4, "samples": 20} | settings
     return [word for name, value in settings.items() for word in (ddpm.flag(name), str(value))]
 
@@ -1615,3 +1615,27 @@ def test_prompts_repeat(painter, tmp_path):
     assert (out / "samples.png").read_bytes() != before
     with pytest.raises(ddpm.UserError):
         ddpm.Config(prompt="a two")
+
+
+def test_ddpm_killed_and_started_again(data, painter, tmp_path):
+    out = tmp_path / "o"
+    shown = kill_and_start_again("ddpm", "objective", ddpm_words(data, out), out, painter)
+    assert "held out: bits_per_dim" in shown
+
+
+def test_two_ranks_of_ddpm_end_where_one_process_does(data, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    words = [ddpm_words(data, tmp_path / name, steps=10) for name in ("one", "two")]
+    assert ddpm.main(words[0]) == 0
+    done = subprocess.run([*torchrun, HERE / "ddpm.py", *words[1]], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held out:") == 1 and done.stderr.count("ddpm:   0%") == 1
+    states = [weights(tmp_path / name) for name in ("one", "two")]
+    for part in ("model", "average"):
+        one, two = (torch.cat([value.flatten() for name, value in sorted(state[part].items())
+                               if "extra" not in name]) for state in states)
+        assert (one - two).norm() / one.norm() < 1e-3
+    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-2)
