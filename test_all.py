@@ -1523,6 +1523,42 @@ def test_bits_of_a_perfect_denoiser_are_the_closed_form():
     assert bits.shape == (8,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.01)
 
 
+def test_ddim_with_eta_one_is_the_ancestral_chain():
+    """For the same noise, all steps of it: Ho et al. 2020, algorithm 2, written out in betas."""
+    model = tiny_ddpm(diffusion_steps=40, sampling_steps=40)
+    images = ddpm.sample(model, ["a three", "an eight"], 40, guidance=1.0, eta=1.0, seed=5)
+    noise, a = ddpm.seeded(5, "sample"), model.alpha_bar
+    tokens = model.prompt.tokens(["a three", "an eight"])
+    x = torch.randn(2, 1, 28, 28, generator=noise)
+    for t in range(40, 0, -1):
+        alpha, at = a[t] / a[t - 1], torch.full((2,), t)
+        with torch.no_grad():
+            x0, _ = ddpm.picture_and_noise(a, x, at, model(x, at, tokens))
+        mean = (a[t - 1].sqrt() * (1 - alpha) / (1 - a[t]) * x0.clamp(-1, 1)
+                + alpha.sqrt() * (1 - a[t - 1]) / (1 - a[t]) * x)               # equation 7
+        x = mean
+        if t > 1:
+            variance = (1 - a[t - 1]) / (1 - a[t]) * (1 - alpha)
+            x = mean + variance.sqrt() * torch.randn(x.shape, generator=noise)
+    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1).float(), atol=1e-4, rtol=0)
+
+
+def test_sampling_alone_and_in_a_batch():
+    """One picture is the same in company; sampling changes no state, and None draws anew."""
+    model = tiny_ddpm(diffusion_steps=20, sampling_steps=5).train()
+    before = {name: str(value) for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    three = ddpm.sample(model, ["a three", "an eight", ""], 5, seed=1)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    alone = ddpm.sample(model, ["a three"], 5, seed=1)
+    torch.testing.assert_close(three[:1], alone, atol=1e-4, rtol=0)
+    assert before == {name: str(value) for name, value in model.state_dict().items()}
+    assert not torch.equal(ddpm.sample(model, [""], 5), ddpm.sample(model, [""], 5))
+    prompted, other, empty = (ddpm.sample(model, [p], 5, 2.0, seed=1)
+                              for p in ("a thin three", "a bold three", ""))
+    assert (prompted - other).abs().max() > 1e-3 < (prompted - empty).abs().max()
+
+
 def test_guidance_none_and_one():
     model, x, t = tiny_ddpm(), torch.randn(2, 1, 28, 28), torch.tensor([300, 700])
     tokens = model.prompt.tokens(["a thin three", "an eight"])
@@ -1553,6 +1589,8 @@ def test_dropped_captions_are_dropped():
     *_, tokens = ddpm.draw_batch(model, torch.randint(2, (5000,)), table)
     dropped = (tokens == 0).all(1)
     assert abs(dropped.float().mean() - 0.3) < 0.03
+    e = model.prompt(tokens)
+    assert (e[dropped] == 0).all() and (e[~dropped].norm(dim=1) > 1e-3).all()
 
 
 def test_neighbouring_times_differ():
