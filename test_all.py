@@ -1409,8 +1409,7 @@ class TrueDenoiser(ddpm.UNet):
     def forward(self, x, t, tokens):
         signal, noise = ddpm.amounts(self.alpha_bar, t, x)
         gain = signal * self.STD**2 / (signal**2 * self.STD**2 + noise**2)
-        x0 = self.MEAN + gain * (x - signal * self.MEAN)
-        return (signal * x - x0) / noise
+        return self.MEAN + gain * (x - signal * self.MEAN)
 
 
 def tiny_ddpm(kind=ddpm.UNet, **settings):
@@ -1444,12 +1443,45 @@ def test_at_the_last_step_hardly_any_signal_is_left(steps):
     assert (alpha_bar[1:] < alpha_bar[:-1]).all()
 
 
-def test_noise_picture_and_v_are_one():
-    alpha_bar, t = ddpm.cosine_schedule(1000), torch.tensor([1, 2, 500, 999, 1000])
+def test_noise_and_picture_are_one():
+    """x_0 with noise eps, and back: x_s of step_back at eta 0 has the same x_0 and the same eps."""
+    alpha_bar, t = ddpm.cosine_schedule(1000), [2, 3, 500, 999, 1000]
     x0, eps = torch.randn(2, 5, 1, 4, 4)
-    xt, v = ddpm.diffuse(alpha_bar, x0, t, eps), ddpm.velocity(alpha_bar, x0, t, eps)
-    torch.testing.assert_close(ddpm.picture_and_noise(alpha_bar, xt, t, v), (x0, eps),
-                               atol=1e-5, rtol=1e-5)
+    xt = ddpm.diffuse(alpha_bar, x0, torch.tensor(t), eps)
+    for s in (0, 1):
+        back = torch.stack([ddpm.step_back(alpha_bar, x0[i], xt[i], t[i], s, 0)[0]
+                            for i in range(5)])
+        expected = ddpm.diffuse(alpha_bar, x0, torch.full((5,), s), eps)
+        torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
+    ratio = alpha_bar[t] / (1 - alpha_bar[t])
+    torch.testing.assert_close(ddpm.signal_to_noise(alpha_bar, torch.tensor(t)), ratio)
+
+
+def test_lessons_are_weighted_by_signal_to_noise():
+    """Below its limit the loss is the error of v; above it, 5 times that of x_0."""
+    model, x0, eps = tiny_ddpm(), 0.5 * torch.randn(4, 1, 28, 28), torch.randn(4, 1, 28, 28)
+    tokens = torch.zeros(4, 1, dtype=torch.long)
+    for t, limited in ((900, False), (500, False), (20, True)):
+        at, a = torch.full((4,), t), model.alpha_bar[t].item()
+        xt = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
+        guess = model(xt, at, tokens)
+        noise = (xt - math.sqrt(a) * guess) / math.sqrt(1 - a)
+        v, true = (math.sqrt(a) * e - math.sqrt(1 - a) * x for e, x in ((noise, guess), (eps, x0)))
+        expected = 5 * F.mse_loss(guess, x0) if limited else F.mse_loss(v, true)
+        torch.testing.assert_close(ddpm.objective(model, x0, at, eps, tokens), expected,
+                                   rtol=1e-4, atol=1e-6)
+
+
+def test_the_network_begins_with_what_it_sees():
+    """At birth its last layer is zero: the guess is x_t less its shrinking where that is clear,
+    and nothing where noise is all."""
+    model, x = ddpm.UNet(ddpm.Config(width=8, blocks=1)), torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        guess = model(x, torch.tensor([1, 1000]), torch.zeros(2, 1, dtype=torch.long))
+    a = model.alpha_bar[1].item()
+    k = ddpm.K**2 / (ddpm.K**2 + (1 - a) / a)
+    torch.testing.assert_close(guess, torch.stack([k * x[0] / a**0.5, 0 * x[1]]),
+                               atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("t, s", [(2, 1), (500, 499), (900, 400), (1000, 999)])
@@ -1533,7 +1565,7 @@ def test_ddim_with_eta_one_is_the_ancestral_chain():
     for t in range(40, 0, -1):
         alpha, at = a[t] / a[t - 1], torch.full((2,), t)
         with torch.no_grad():
-            x0, _ = ddpm.picture_and_noise(a, x, at, model(x, at, tokens))
+            x0 = model(x, at, tokens)
         mean = (a[t - 1].sqrt() * (1 - alpha) / (1 - a[t]) * x0.clamp(-1, 1)
                 + alpha.sqrt() * (1 - a[t - 1]) / (1 - a[t]) * x)               # equation 7
         x = mean
@@ -1639,18 +1671,37 @@ def test_the_average_is_sampled(painter):
 
 @pytest.mark.parametrize("words, needle", [
     (["--prompt", "a zebra"], "zebra"), (["--guidance", "-1"], "--guidance"),
-    (["--sampling-steps", "21"], "--sampling-steps"), (["--width", "12"], "--width")])
+    (["--sampling-steps", "21"], "--sampling-steps"), (["--width", "12"], "--width"),
+    (["--eta", "2"], "--eta"), (["--drop-caption", "much"], "--drop-caption"),
+    (["--width", "16"], "--restart"), (["--unseen", "thin upright one"], "--restart"),
+    (["--data", "nowhere"], "--restart"), (["--data", "nowhere", "--restart"], "no data set"),
+    (["--vocab-size", "3", "--restart"], "--vocab-size"),
+    (["--prompt", "an aple", "--restart"], "known are: a an")])
 def test_ddpm_refuses_in_one_line(painter, data, tmp_path, capsys, words, needle):
     out = copy_of(painter, tmp_path)
     assert ddpm.main([*ddpm_words(data, out), *words]) == 2
     one_line(capsys, needle, script="ddpm")
 
 
-def test_prompts_repeat(painter, tmp_path):
+def test_ddpm_refuses_a_foreign_checkpoint(reference, data, tmp_path, capsys):
+    out = copy_of(reference, tmp_path)
+    before = (out / "checkpoint.pt").read_bytes()
+    assert ddpm.main(ddpm_words(data, out)) == 2
+    one_line(capsys, "not a checkpoint of this ddpm.py", script="ddpm")
+    assert (out / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(ddpm.UserError):
+        ddpm.load(out / "checkpoint.pt")
+
+
+def test_prompts_repeat(painter, tmp_path, monkeypatch):
+    """A finished model draws what is asked of it, without data; all else stays as it is."""
     out = copy_of(painter, tmp_path)
     before = (out / "samples.png").read_bytes()
+    monkeypatch.setattr(ddpm, "load_images", None)
     assert ddpm.main(["--out", str(out), "--prompt", "a two", "--prompt", "an eight"]) == 0
     assert (out / "samples.png").read_bytes() != before
+    for name in ("forward.png", "neighbours.png", "metrics.csv", "checkpoint.pt"):
+        assert (out / name).read_bytes() == (painter / name).read_bytes()
     with pytest.raises(ddpm.UserError):
         ddpm.Config(prompt="a two")
 
