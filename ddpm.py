@@ -6,8 +6,8 @@
 """The diffusion model: noise destroys a picture step by step; undo it, beginning with static.
 
     picture x_0 --> x_1 --> x_2 --> ... --> x_T static      q: each step adds noise; no network
-    picture x_0 <-- x_1 <-- x_2 <-- ... <-- x_T static      p: each step removes what a U-Net says
-                                                               the noise is, told t and the prompt
+    picture x_0 <-- x_1 <-- x_2 <-- ... <-- x_T static      p: each step goes a little of the way
+                                                               to what a U-Net guesses x_0 to be
     "a thin upright three" --> one vector --> into every block of the U-Net
 
 To make a picture in one stroke is hard. To make a noisy picture a little less noisy is a humble
@@ -26,6 +26,7 @@ Look into out/ddpm: forward.png (the destruction), samples.png (its rows rise in
 denoising.png (an animation), neighbours.png (each sample above the training picture nearest to it),
 metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with the settings of
 the checkpoint where none are given; on a finished model it only samples (--seed 1: other samples).
+On two cores (AMD EPYC, Zen 3) the plain command takes five minutes, and a hundred pictures 4 s.
 
 Papers: Sohl-Dickstein et al. 2015 (arXiv:1503.03585), the idea; Ho, Jain, Abbeel 2020
 (arXiv:2006.11239), DDPM; Song, Meng, Ermon 2020 (arXiv:2010.02502), DDIM; Nichol, Dhariwal 2021
@@ -65,7 +66,7 @@ class Config:
     drop_caption: float = knob(0.1, "share of pictures shown without caption", 0, 1)
     unseen: str = knob("thin upright two, bold upright four, thin slanted nine, bold slanted seven",
                        "kinds kept out of training, to see whether words combine; comma between")
-    steps: int = knob(2500, "optimiser steps in all", 1, 10**8)
+    steps: int = knob(2000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(32, "pictures a step, over all processes", 1, 2**16)
     learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
     prompt: tuple = knob((), "what to draw; may be given several times; if never, a bit of all")
@@ -174,7 +175,7 @@ def diffuse(alpha_bar, x0, t, eps):
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
 # sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is noise that
-# nobody sees; of what can be seen, little is passed on, and black comes out black.
+# nobody sees; of what can be seen, little is passed on, so that less haze is left on black.
 
 K = 0.02
 
@@ -492,6 +493,20 @@ def load(path, device="cpu"):
 #
 #   L = KL( q(x_T|x_0) || N(0, I) ) - log p(x_0|x_1)
 #       + sum over t > 1 of KL( q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t) )
+#
+# Any p gives a bound; one that owns up to its errors gives a better one. For small t the posterior
+# q(x_{t-1}|x_t,x_0) is far narrower than a network can aim. So p is wider here than in sampling,
+# by an error of ERROR in x_0. (On MNIST: 4.8 bits a pixel instead of 6.6.)
+
+ERROR = 0.02
+
+
+def widths(alpha_bar, t):
+    """Standard deviations of q(x_{t-1}|x_t,x_0) and p(x_{t-1}|x_t); at t = 1 those of t = 2, for
+    there is no chance in the last step of q."""
+    t = max(t, 2)
+    share, sigma = step_back(alpha_bar, torch.ones(()), torch.zeros(()), t, t - 1, 1)
+    return sigma, math.hypot(sigma, share.item() * ERROR)
 
 
 def log_decoder(x0, mean, sigma):
@@ -508,7 +523,7 @@ def bits_per_dim(model, images, every=1, seed=None):
     """The bound L in bits per pixel, prompt empty: (B, C, H, W) in [0, 1], of 256 levels -> (B,).
 
     All T terms, or for ``every`` > 1 each of them for one picture in ``every``, as an estimate of
-    the mean. Variances are those of the posterior; at t = 1, where that is 0, the one of t = 2.
+    the mean.
     """
     noise = None if seed is None else seeded(seed, "bits")
     device, T, alpha_bar = model.out.weight.device, model.config.diffusion_steps, model.alpha_bar
@@ -524,12 +539,13 @@ def bits_per_dim(model, images, every=1, seed=None):
             xt = diffuse(alpha_bar, x, at, eps)
             with evaluating(model):
                 guess = model(xt, at, tokens[i]).clamp(-1, 1)
-            sigma = step_back(alpha_bar, x, xt, max(t, 2), max(t, 2) - 1, 1)[1]
+            sigma, width = widths(alpha_bar, t)
             if t == 1:
-                nats[i] -= log_decoder(x, guess, sigma).sum((1, 2, 3)).double()
+                nats[i] -= log_decoder(x, guess, width).sum((1, 2, 3)).double()
             else:
                 gap = step_back(alpha_bar, guess - x, 0 * x, t, t - 1, 1)[0]  # of the two means
-                nats[i] += every * (gap / sigma).square().sum((1, 2, 3)).double() / 2
+                kl = math.log(width / sigma) + (sigma**2 + gap**2) / (2 * width**2) - 0.5
+                nats[i] += every * kl.sum((1, 2, 3)).double()
     return (nats / x0[0].numel() / math.log(2)).float()
 
 

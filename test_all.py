@@ -1543,12 +1543,13 @@ def test_bits_of_a_perfect_denoiser_are_the_closed_form():
         left = 1 / (1 / model.STD**2 + a / (1 - a))
         u, s = max(t, 2), max(t, 2) - 1
         au, b = model.alpha_bar[u].item(), model.alpha_bar[s].item()
-        sigma2 = (1 - b) / (1 - au) * (1 - au / b)
+        sigma2, share2 = (1 - b) / (1 - au) * (1 - au / b), b * (1 - au / b)**2 / (1 - au)**2
+        width2 = sigma2 + share2 * ddpm.ERROR**2
         if t > 1:
-            nats += b * (1 - au / b)**2 / (1 - au)**2 * left / (2 * sigma2)
+            nats += 0.5 * (math.log(width2 / sigma2) + (sigma2 + share2 * left) / width2 - 1)
         else:  # the mean over what the guess lacks, r, of the log of what falls into the bin
             r = torch.linspace(-8, 8, 20001, dtype=torch.float64) * left**0.5
-            edges = [torch.special.ndtr((r + h) / sigma2**0.5) for h in (1 / 255, -1 / 255)]
+            edges = [torch.special.ndtr((r + h) / width2**0.5) for h in (1 / 255, -1 / 255)]
             weight = (-r**2 / (2 * left)).softmax(0)
             nats -= (weight * (edges[0] - edges[1]).clamp(min=1e-300).log()).sum().item()
     bits = ddpm.bits_per_dim(model, images, seed=0)
