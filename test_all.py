@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import ddpm  # before torch, whose import it keeps from warning where numpy is missing
+import gan
 import gpt
 import vae
 
@@ -64,10 +65,10 @@ def test_a_script_stands_alone(script):
 def test_commands_in_print_are_understood(tmp_path, monkeypatch):
     """Every ``python vae.py ...`` in README and docstrings has good flags and values."""
     monkeypatch.chdir(tmp_path)
-    count = {vae: 0, gpt: 0, ddpm: 0}
+    count = {vae: 0, gpt: 0, ddpm: 0, gan: 0}
     for text in [HERE / "README.md", *SCRIPTS]:
         whole = re.sub(r"\\\n +--", " --", text.read_text())
-        commands = r"(?:python|torchrun \S+) (vae|gpt|ddpm)\.py([^\n`|]*)"
+        commands = r"(?:python|torchrun \S+) (vae|gpt|ddpm|gan)\.py([^\n`|]*)"
         for name, line in re.findall(commands, whole):
             words = shlex.split(re.split(r"\s{3,}|&&|;|\.\.\.", line)[0])
             count[globals()[name]] += bool(globals()[name].command_line(words))
@@ -1729,3 +1730,142 @@ def test_two_ranks_of_ddpm_end_where_one_process_does(data, tmp_path):
     for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
         assert a == pytest.approx(b, rel=1e-2)
+
+
+# ==== gan.py: the mathematics =====================================================================
+
+
+def tiny_gan(kind, **settings):
+    torch.manual_seed(0)
+    return gan.FORGERS[kind](gan.Config(generator=kind, latent_dim=8, width=8, **settings)).eval()
+
+
+def test_duel_losses_are_finite_and_as_written():
+    for logit in (-100.0, -3.0, 0.0, 3.0, 100.0):
+        x = torch.tensor([logit], requires_grad=True)
+        loss = gan.forger_loss(x)
+        (slope,) = torch.autograd.grad(loss, x)
+        assert math.isclose(slope, -1 / (1 + math.exp(logit)), rel_tol=1e-4, abs_tol=1e-12)
+        assert torch.isfinite(loss) and torch.isfinite(gan.detective_loss(x, -x))
+    loss = gan.detective_loss(torch.tensor([2.0]), torch.tensor([-1.0]))
+    right = 1 / (1 + math.exp(-2)), 1 - 1 / (1 + math.exp(1))
+    assert math.isclose(loss, -math.log(right[0]) - math.log(right[1]), rel_tol=1e-5)
+
+
+def test_r1_of_a_known_slope():
+    weight, x = torch.randn(1, 6, 6), torch.rand(5, 1, 6, 6)
+    penalty = gan.r1_penalty(lambda x: 3 * (weight * x).sum((1, 2, 3)), x)
+    torch.testing.assert_close(penalty, 4.5 * weight.square().sum())
+    penalty = gan.r1_penalty(lambda x: x.square().sum((1, 2, 3)) / 2, x)  # the slope is x itself
+    torch.testing.assert_close(penalty, 0.5 * x.square().sum((1, 2, 3)).mean())
+
+
+def test_scaling_activations_is_scaling_weights():
+    torch.manual_seed(0)
+    layer, x, w = gan.StyledConv(6, 4, 8), torch.randn(2, 6, 9, 9), torch.randn(2, 8)
+    with torch.no_grad():
+        for i in range(2):
+            weight = layer.weight * layer.style(w[i])[None, :, None, None]
+            weight = weight / weight.square().sum((1, 2, 3), keepdim=True).sqrt()
+            expected = F.conv2d(x[i:i + 1], weight, padding=1)
+            torch.testing.assert_close(layer(x, w)[i:i + 1], expected, atol=1e-4, rtol=1e-4)
+        inside = layer(torch.randn(300, 6, 9, 9), torch.randn(300, 8))[:, :, 1:-1, 1:-1]
+    assert torch.allclose(inside.var((0, 2, 3)), torch.ones(4), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["dcgan", "stylegan"])
+@pytest.mark.parametrize("size", [16, 28, 64])
+def test_forgers_paint_any_size_alone_and_in_a_batch(kind, size):
+    model = tiny_gan(kind, image_size=size)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    three = gan.sample(model.train(), 3, seed=1)
+    assert model.training and three.shape == (3, 1, size, size)
+    z, *noise = model.eval().draw(3, gan.seeded(1, "sample"))
+    with torch.no_grad():
+        alone = model(z[:1], *[[x[:1] for x in part] for part in noise]) / 2 + 0.5
+    torch.testing.assert_close(three[:1], alone, atol=1e-4, rtol=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    logits = gan.Discriminator(model.config)(three * 2 - 1)
+    assert logits.shape == (3,)
+
+
+def test_styles():
+    """psi 0 is one picture for all z; a z mixed with itself is what it was; noise starts at 0."""
+    model = tiny_gan("stylegan")
+    z, noise = model.draw(4, gan.seeded(0))
+    noise = [x[:1].expand(4, -1, -1, -1) for x in noise]
+    with torch.no_grad():
+        same = model(z, noise, truncation=0)
+        torch.testing.assert_close(same, same[:1].expand_as(same), atol=1e-5, rtol=0)
+        w, full = model.styles(z), model(z, noise)
+        assert (full - same).abs().max() > 1e-3
+        torch.testing.assert_close(model.render(torch.cat([w[:2], w[2:]]), noise), full)
+        torch.testing.assert_close(model(z, [0 * x for x in noise]), full)
+        model.strength[1].fill_(1)
+        assert (model(z, [0 * x for x in noise]) - model(z, noise)).abs().max() > 1e-3
+
+
+def test_collapse_and_two_samples_are_noticed():
+    real = gan.scaled(gan.draw_digits(1200, "a")[0])
+    other = gan.scaled(gan.draw_digits(1200, "b")[0])
+    few = other[:5].repeat(100, 1, 1, 1) + 0.01 * torch.randn(500, 1, 28, 28)
+    assert gan.variety(few, real) < 0.3 and 0.8 < gan.variety(other, real) < 1.2
+    assert abs(gan.two_sample_accuracy(real, other, steps=60) - 0.5) < 0.08
+    noise = torch.rand(1200, 1, 28, 28) * 2 - 1
+    assert gan.two_sample_accuracy(real, noise, steps=60) > 0.97
+
+
+# ==== gan.py as its users run it ==================================================================
+
+
+def gan_words(data, out, **settings):
+    settings = {"data": data, "out": out, "steps": 45, "batch_size": 4, "width": 8, "r1_every": 4,
+                "latent_dim": 8, "samples": 7, "test_images": 30} | settings
+    return [word for name, value in settings.items() for word in (gan.flag(name), str(value))]
+
+
+@pytest.fixture(scope="session")
+def forger(data, tmp_path_factory):
+    """One unbroken run of gan.py, which several tests look at and none may change."""
+    out = tmp_path_factory.mktemp("forger")
+    assert gan.main(gan_words(data, out)) == 0
+    return out
+
+
+def test_what_a_gan_run_leaves(forger, tmp_path):
+    names = {"checkpoint.pt", "metrics.csv", "samples.png", "training.png", "neighbours.png",
+             "interpolation.png"}
+    assert {p.name for p in forger.iterdir()} == names
+    last = rows_of(forger)[-1]
+    assert all(0 <= float(last[f"test_{n}"]) <= 1 for n in ("right_on_real", "two_samples"))
+    state, model = weights(forger), gan.load(forger / "checkpoint.pt")
+    weight = model.layers[2].weight
+    assert torch.equal(weight, state["average"]["module.layers.2.weight"])
+    assert not torch.equal(weight, state["model"]["layers.2.weight"]) and not model.training
+    out = copy_of(forger, tmp_path)
+    assert gan.main(["--out", str(out), "--export", "3", "--truncation", "0.5"]) == 0
+    assert [p.name for p in sorted((out / "export").iterdir())] == [f"{i:06}.png" for i in range(3)]
+    assert (out / "samples.png").read_bytes() != (forger / "samples.png").read_bytes()
+
+
+def test_gan_killed_and_started_again(data, forger, tmp_path):
+    out = tmp_path / "o"
+    shown = kill_and_start_again("gan", "forger_loss", gan_words(data, out), out, forger)
+    assert "held out: " in shown
+    frames = weights(out)["film"]["frames"]
+    assert len(frames) == 21 and all(map(torch.equal, frames, weights(forger)["film"]["frames"]))
+
+
+def test_stylegan_runs(data, tmp_path):
+    out = tmp_path / "o"
+    assert gan.main(gan_words(data, out, generator="stylegan", steps=6)) == 0
+    assert {"mixing.png", "truncation.png", "interpolation.png"} <= {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("words, needle", [
+    (["--image-size", "30"], "--image-size"), (["--width", "12"], "--width"),
+    (["--generator", "biggan"], "--generator"), (["--latent-dim", "9"], "--restart")])
+def test_gan_refuses_in_one_line(forger, data, tmp_path, capsys, words, needle):
+    out = copy_of(forger, tmp_path)
+    assert gan.main([*gan_words(data, out), *words]) == 2
+    one_line(capsys, needle, script="gan")

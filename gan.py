@@ -1,0 +1,1099 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "tqdm>=4.66"]
+# ///
+# SPDX-License-Identifier: MIT
+"""The adversarial network: a forger and a detective, and what becomes of their duel.
+
+    z ~ N(0, I) --> Generator, the forger --> a fake ----\
+                                                          --> Discriminator, the detective --> real?
+                         a picture of the data set ------/
+
+The forger never sees a real picture. All it learns, it learns from the detective, by whose network
+it asks: which way must my pixels change for you to believe me? The detective in turn learns from
+every new forgery. If the forger wins, the detective is left with tossing a coin.
+
+    python gan.py                                          on digits that this script draws itself
+    python gan.py --generator stylegan                     the style-based forger
+    python gan.py --truncation 0.7                         once trained: tamer samples
+    python gan.py --export 10000                           once trained: as many numbered PNG files
+    python gan.py --data mnist                             MNIST (downloaded once)
+    python gan.py --data mnist --width 96 --batch-size 128 --steps 50000 --out out/gpu    on a GPU
+
+Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
+last), interpolation.png, neighbours.png (each sample above the training picture nearest to it),
+metrics.csv, checkpoint.pt; for stylegan mixing.png and truncation.png, too. The same command again
+goes on where it stopped, with the settings of the checkpoint where none are given; on a finished
+model it only samples (--seed 1: other samples).
+
+Papers: Goodfellow et al. 2014 (arXiv:1406.2661), the duel; Radford, Metz, Chintala 2015
+(arXiv:1511.06434), DCGAN; Karras, Laine, Aila 2018 (arXiv:1812.04948), StyleGAN; Karras et al. 2019
+(arXiv:1912.04958), StyleGAN2; Mescheder, Geiger, Nowozin 2018 (arXiv:1801.04406), the R1 penalty;
+Lopez-Paz, Oquab 2016 (arXiv:1610.06545), the judge. The networks are small, and work on pixels that
+are folded two by two.
+"""
+import math
+import sys
+import warnings
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+# What is used here and defined nowhere above stands in the plumbing, at the end.
+with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel
+
+
+def knob(default, about, *within):
+    """A setting: its default, its meaning, and its choices or its lowest and highest value."""
+    return field(default=default, metadata={"about": about, "within": within})
+
+
+@dataclass
+class Config:
+    """Every setting, model first; the command line is made from it."""
+    generator: str = knob("dcgan", "dcgan, or stylegan, in styles", "dcgan", "stylegan")
+    latent_dim: int = knob(64, "numbers in z, and in stylegan's w", 1, 512)
+    width: int = knob(32, "channels at half the picture's size; a multiple of 8", 8, 512)
+    image_size: int = knob(28, "28, or a power of two from 16 on", 16, 1024)
+    r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
+    r1_every: int = knob(8, "counted once in so many steps, so many times as heavily", 1, 1000)
+    mixing: float = knob(0.5, "share of stylegan's fakes in two styles", 0, 1)
+    truncation: float = knob(1.0, "1: all of what it knows; less: nearer to the average", 0, 2)
+    steps: int = knob(2000, "steps in all, each an update of both", 1, 10**8)
+    batch_size: int = knob(32, "pictures a step, and as many fakes", 1, 2**16)
+    learning_rate: float = knob(2e-3, "peak of its schedule; less where training diverges", 0, 1)
+    export: int = knob(0, "write so many samples into export/, as PNG files", 0, 10**6)
+    test_images: int = knob(2000, "held-out pictures to judge on", 10, 10**6)
+    samples: int = knob(100, "pictures in samples.png", 1, 10**4)
+    data: str = knob("digits", "digits (drawn here), mnist, fashion, or a folder of IDX files")
+    data_dir: str = knob("data", "where downloads are kept")
+    seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
+    device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
+    out: str = knob("", "folder of the results; out/gan, and generator and data if unusual")
+    restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
+
+    def __post_init__(self):
+        check_config(self)
+        if self.width % 8:
+            fail(f"--width {self.width} must be a multiple of 8")
+        if self.image_size != 28 and self.image_size & (self.image_size - 1):
+            fail(f"--image-size {self.image_size} must be 28 or a power of two")
+
+
+# ==== 1. The pictures =============================================================================
+# load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
+# the channels, height and width of a picture, here 1, 28, 28; L is latent_dim.
+
+
+def scaled(pictures):
+    """Bytes 0 to 255 -> floats -1 to 1."""
+    return pictures.float() / 127.5 - 1
+
+
+def resized(pictures, size):
+    """Bytes (N, C, H, W) -> (N, C, size, size)."""
+    if pictures.shape[2] == size:
+        return pictures
+    return torch.cat([F.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
+                      .round().byte() for some in pictures.split(1000)])
+
+
+def levels(config):
+    """Resolution and channels of each level, coarse to fine: (7, 2 width), (14, width) for 28x28.
+
+    The finest level has half of the picture's resolution: 2x2 pixels are folded into channels of
+    one. Nothing is lost, and no convolution runs at 28x28, where it would cost four times as much.
+    """
+    sizes = [config.image_size // 2]
+    while sizes[-1] % 2 == 0 and sizes[-1] > 4:
+        sizes.append(sizes[-1] // 2)
+    return [(size, min(512, config.width << k)) for k, size in enumerate(sizes)][::-1]
+
+
+def conv(inside, outside):
+    """A 3x3 convolution, zero padded: (B, in, H, W) -> (B, out, H, W)."""
+    return nn.Conv2d(inside, outside, kernel_size=3, padding=1)
+
+
+# ==== 2. The forger of 2015: DCGAN ================================================================
+# Radford, Metz and Chintala found, among many that fail, a pair of networks that trains. What they
+# advise, and what stands here:
+#
+# - no pooling: the networks learn how to shrink and to grow pictures. Here by convolutions on
+#   folded pixels (4 times the channels, half the size), and by unfolding; same idea;
+# - batch normalisation in both, against a forger who paints one picture for all z. It makes a
+#   picture depend on its neighbours in the batch, though, and needs other statistics afterwards.
+#   Here the forger normalises each picture by itself (GroupNorm), the detective not at all: R1
+#   keeps it smooth;
+# - ReLU in the forger, leaky ReLU in the detective, so that gradients pass where it says no;
+# - tanh at the end of the forger: pixels have bounds.
+
+
+class DCGAN(nn.Module):
+    """The forger: z (B, L) -> pictures (B, C, H, W) in [-1, 1]."""
+
+    def __init__(self, config, channels=1):
+        super().__init__()
+        self.config, self.shape = config, (channels, config.image_size, config.image_size)
+        (size, width), *finer = levels(config)
+        self.first = nn.Sequential(nn.Linear(config.latent_dim, width * size * size),
+                                   nn.Unflatten(1, (width, size, size)))
+        layers = [nn.GroupNorm(8, width), nn.ReLU(), conv(width, width)]
+        for _, narrower in finer:
+            layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, 4 * narrower),
+                       nn.PixelShuffle(2)]                         # twice the height and width
+            width = narrower
+            layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, width)]
+        layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, 4 * channels), nn.PixelShuffle(2)]
+        self.layers = nn.Sequential(*layers)
+
+    def draw(self, n, generator=None):
+        """All that chance decides in n pictures: here z (n, L) alone."""
+        return (torch.randn(n, self.config.latent_dim, generator=generator),)
+
+    def forward(self, z, truncation=1.0):
+        x = self.first(truncation * z).contiguous(memory_format=torch.channels_last)
+        return self.layers(x).tanh()
+
+
+# ==== 3. The forger of 2018: StyleGAN =============================================================
+# In DCGAN z enters below, and each level has to pass on what the next ones need. StyleGAN turns it
+# over: the picture grows from a learned constant, the same for all; z becomes, by the mapping
+# network, a style w, and w tells every level how strongly each of its features shall count.
+
+
+class StyledConv(nn.Module):
+    """A convolution whose input channels w scales: (B, in, H, W), (B, L) -> (B, out, H, W).
+
+    StyleGAN2 scales weights, another set for each picture. To scale the activations going in, by s,
+    is the same and cheaper (section 2.2 there: x s convolved with weights W is x convolved with
+    s W). Demodulation divides each output channel by the length of its scaled weights, sqrt(sum of
+    (s W)^2): for inputs of unit variance the output has unit variance again (equation 3).
+    """
+
+    def __init__(self, inside, outside, latent_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outside, inside, 3, 3) / math.sqrt(9 * inside))
+        self.style = nn.Linear(latent_dim, inside)
+        nn.init.normal_(self.style.weight, std=1 / math.sqrt(latent_dim))
+        nn.init.ones_(self.style.bias)
+        self.bias = nn.Parameter(torch.zeros(outside))
+
+    def forward(self, x, w, demodulate=True):
+        s = self.style(w)                                                            # (B, in)
+        x = F.conv2d(x * s[:, :, None, None], self.weight, padding=1)
+        if demodulate:
+            length = s.square() @ self.weight.square().sum((2, 3)).T                 # (B, out)
+            x = x * (length + 1e-8).rsqrt()[:, :, None, None]
+        return x + self.bias[:, None, None]
+
+
+class StyleGAN(nn.Module):
+    """The forger in styles: z (B, L), noise -> pictures (B, C, H, W) in [-1, 1]."""
+
+    def __init__(self, config, channels=1):
+        super().__init__()
+        self.config, self.shape = config, (channels, config.image_size, config.image_size)
+        L, self.levels = config.latent_dim, levels(config)
+        layers = []
+        for _ in range(4):
+            layers += [nn.Linear(L, L), nn.LeakyReLU(0.2)]
+        self.mapping = nn.Sequential(*layers)
+        self.constant = nn.Parameter(torch.randn(1, self.levels[0][1], *[self.levels[0][0]] * 2))
+        self.convs = nn.ModuleList()  # two a level; the first of a level doubles the size
+        before = self.levels[0][1]
+        for i, (_, width) in enumerate(self.levels):
+            self.convs.append(StyledConv(before, width if i == 0 else 4 * width, L))
+            self.convs.append(StyledConv(width, width, L))
+            before = width
+        self.strength = nn.ParameterList(torch.zeros(width) for _, width in self.levels
+                                         for _ in range(2))
+        self.paint = StyledConv(before, 4 * channels, L)
+
+    def draw(self, n, generator=None):
+        """All that chance decides in n pictures: z (n, L), and noise for each place of each layer,
+        a tuple of (n, 1, h, w): where a hair lies, not whether there is hair."""
+        z = torch.randn(n, self.config.latent_dim, generator=generator)
+        return z, tuple(torch.randn(n, 1, size, size, generator=generator)
+                        for size, _ in self.levels for _ in range(2))
+
+    def styles(self, z):
+        """z (B, L), brought to unit mean square first -> w, one and the same for each layer,
+        (layers, B, L)."""
+        w = self.mapping(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
+        return w.expand(len(self.convs) + 1, *w.shape)
+
+    def mean_style(self):
+        """The mean of w, of 1000 fixed draws: the average picture's style, (1, 1, L)."""
+        z = torch.randn(1000, self.config.latent_dim, generator=seeded("mean style"))
+        return self.styles(z.to(self.constant.device))[:1].mean(1, keepdim=True)
+
+    def render(self, styles, noise):
+        """styles (layers, B, L), noise as drawn -> pictures."""
+        x = self.constant.expand(styles.shape[1], -1, -1, -1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for i, (layer, w) in enumerate(zip(self.convs, styles, strict=False)):
+            x = layer(x, w)
+            x = F.pixel_shuffle(x, 2) if i % 2 == 0 and i > 0 else x
+            x = F.leaky_relu(x + self.strength[i][:, None, None] * noise[i], 0.2) * math.sqrt(2)
+        return F.pixel_shuffle(self.paint(x, styles[-1], demodulate=False), 2).tanh()
+
+    def forward(self, z, noise, truncation=1.0):
+        styles = self.styles(z)
+        if truncation != 1:  # towards the mean: likelier pictures, fewer kinds of them
+            styles = self.mean_style().lerp(styles, truncation)
+        return self.render(styles, noise)
+
+
+FORGERS = {"dcgan": DCGAN, "stylegan": StyleGAN}
+
+
+# ==== 4. The detective ============================================================================
+
+
+class Discriminator(nn.Module):
+    """Pictures (B, C, H, W) -> logits (B,): above 0 it says real, below fake.
+
+    Of the batch, too, it hears one thing, how much its pictures differ (Karras et al. 2017,
+    arXiv:1710.10196, section 3): a forger who paints one picture again and again gives himself
+    away. In groups of four, neighbours in the batch.
+    """
+
+    def __init__(self, config, channels=1):
+        super().__init__()
+        layers, before = [], channels
+        for _, width in levels(config)[::-1]:
+            layers += [nn.PixelUnshuffle(2), conv(4 * before, width), nn.LeakyReLU(0.2),
+                       conv(width, width), nn.LeakyReLU(0.2)]            # half the height and width
+            before = width
+        self.body = nn.Sequential(*layers)
+        size = levels(config)[0][0]
+        self.head = nn.Sequential(conv(before + 1, before), nn.LeakyReLU(0.2), nn.Flatten(),
+                                  nn.Linear(before * size * size, 1))
+
+    def forward(self, x):
+        x = self.body(x.contiguous(memory_format=torch.channels_last))             # (B, c, h, w)
+        group = next(n for n in (4, 3, 2, 1) if len(x) % n == 0)
+        y = x.unflatten(0, (-1, group))
+        spread = (y.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))            # (B / group,)
+        spread = spread.repeat_interleave(group)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        return self.head(torch.cat([x, spread], 1)).flatten()
+
+
+# ==== 5. The duel =================================================================================
+# The detective D wants log D(x) + log(1 - D(G(z))) high, the forger G wants it low: the minimax
+# game of Goodfellow et al. 2014 (equation 1). With D the sigmoid of a logit, log D = -softplus of
+# minus the logit: finite for any logit, where the log of a sigmoid would be minus infinity.
+
+
+def detective_loss(real, fake):
+    """Logits (B,) and (B,) -> how wrong it was on both, nats."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def forger_loss(fake):
+    """-log D(G(z)) instead of log(1 - D(G(z))). Both fall as the detective is fooled, but while it
+    is not (sigmoid near 0), the slope of the second by the logit is near 0, too: who is caught
+    every time would learn nothing. The slope of the first is near -1 (section 3 there)."""
+    return F.softplus(-fake).mean()
+
+
+def r1_penalty(discriminator, real):
+    """Mean over real pictures of the squared gradient of the logit by the pixels, halved
+    (Mescheder et al. 2018, equation 9). Without it D keeps moving when fakes are right."""
+    real = real.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+    return 0.5 * slope.square().sum((1, 2, 3)).mean()
+
+
+def forge(generator, n, mixing=0.0):
+    """n fresh fakes; of stylegan's, a share ``mixing`` has one style up to a layer drawn at random
+    and another from there on, so that layers learn not to rely on each other's styles."""
+    device = next(generator.parameters()).device
+    if generator.config.generator == "dcgan":
+        return generator(generator.draw(n)[0].to(device))
+    (z, noise), (other, _) = generator.draw(n), generator.draw(n)
+    a, b = generator.styles(z.to(device)), generator.styles(other.to(device))
+    layer = torch.arange(len(a))[:, None]                                         # (layers, 1)
+    cut = torch.randint(1, len(a), (n,)) + len(a) * (torch.rand(n) >= mixing)     # (n,)
+    styles = torch.where((layer < cut)[:, :, None].to(device), a, b)
+    return generator.render(styles, [x.to(device) for x in noise])
+
+
+# ==== 6. Training =================================================================================
+
+
+def schedule(progress):
+    """Share of the peak learning rate at ``progress`` 0 to 1: a short ramp, then half a cosine."""
+    return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def averaged(model):
+    """The mean of the forger's weights over the last hundreds of steps. The two chase each other in
+    circles, and the middle of a circle is better than a point of it (Yazici et al. 2018,
+    arXiv:1806.04498). While steps were few, it is over fewer."""
+    def follow(average, weight, count):
+        return average.lerp(weight, 1 - min(0.998, (1 + float(count)) / (10 + float(count))))
+    return AveragedModel(model, avg_fn=follow)
+
+
+def train(config):
+    """Train what is left to train, judge, draw, all into ``config.out`` -> the forger with its
+    averaged weights, in eval mode.
+
+    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
+    KeyboardInterrupt (it was stopped; the same call goes on).
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    G = FORGERS[config.generator](config).to(device, memory_format=torch.channels_last)
+    D = Discriminator(config).to(device, memory_format=torch.channels_last)
+    ema, film = averaged(G), Film()
+    optimizers = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True)
+                  for net in (G, D)]
+    run = Run(config, model=G, discriminator=D, average=ema, film=film,
+              optimizer_g=optimizers[0], optimizer_d=optimizers[1])
+    if not run.finished:
+        data = load_images(config.data, config.data_dir)
+        run.same_data(data.train, data.test)
+        train, test = (resized(x, config.image_size) for x in (data.train, data.test))
+        for step in run.steps():
+            if step * 20 // config.steps > (step - 1) * 20 // config.steps:
+                film.take(ema.module)
+            # The detective's turn: real pictures, and fakes that are but pictures to it, without a
+            # way back to the forger (hence no_grad).
+            D.requires_grad_(True)
+            real = scaled(train[run.batch_rows(len(train))].to(device))
+            with torch.no_grad():
+                fake = forge(G, len(real), config.mixing)
+            loss = detective_loss(D(real), D(fake))
+            run.log(loss_d=loss)
+            if step % config.r1_every == 0:
+                penalty = r1_penalty(D, real)
+                run.log(r1=penalty)
+                loss = loss + config.r1 * config.r1_every * penalty
+            update(optimizers[1], loss, run)
+            # The forger's turn: gradients pass through the detective, but not into it.
+            D.requires_grad_(False)
+            loss = forger_loss(D(forge(G, len(real), config.mixing)))
+            run.log(loss_g=loss)
+            update(optimizers[0], loss, run)
+            ema.update_parameters(G)
+            if run.due(5):  # now and then, to see how it comes on
+                draw_samples(run, ema.module)
+                run.log(**duel_score(ema.module, D, test[:1000]))
+        draw_training(run, ema.module, film)
+        draw_neighbours(run, ema.module, train)
+        run.finish(judge(ema.module, D, test))
+    draw_samples(run, ema.module)
+    draw_strips(run, ema.module)
+    export(run, ema.module)
+    run.report()
+    return ema.module.eval()
+
+
+def update(optimizer, loss, run):
+    """One step down the loss, at the rate that is due."""
+    optimizer.zero_grad()
+    loss.backward()
+    share = schedule((run.step + 0.5) / run.config.steps)
+    optimizer.param_groups[0]["lr"] = run.config.learning_rate * share
+    optimizer.step()
+
+
+class Film:
+    """The same 24 z, painted now and then in training: bytes, which travel with the checkpoint."""
+    def __init__(self):
+        self.frames = []
+
+    def state_dict(self):
+        return {"frames": self.frames}
+
+    def load_state_dict(self, state):
+        self.frames = state["frames"]
+
+    def take(self, model):
+        self.frames.append((sample(model, 24, seed="film").cpu() * 255).round().byte())
+
+
+# ==== 7. Sampling =================================================================================
+
+
+def sample(model, n, truncation=1.0, seed=None):
+    """n new pictures -> floats (n, C, H, W) in [0, 1].
+
+    truncation below 1 keeps to what it paints best: dcgan's z, or stylegan's w seen from its mean,
+    are multiplied by it (Karras et al. 2018, appendix B). The same seed gives the same pictures;
+    None draws from torch's global generator.
+    """
+    noise, device = None if seed is None else seeded(seed, "sample"), model_device(model)
+    drawn = model.draw(n, noise)
+    with evaluating(model):
+        parts = []
+        for rows in torch.arange(n).split(250):
+            z, *more = ([x[rows].to(device) for x in part] if isinstance(part, tuple)
+                        else part[rows].to(device) for part in drawn)
+            parts.append(model(z, *more, truncation=truncation))
+    return torch.cat(parts) / 2 + 0.5
+
+
+def model_device(model):
+    return next(model.parameters()).device
+
+
+def load(path, device="cpu"):
+    """The averaged forger of a checkpoint, in eval mode. UserError if it is none of gan.py's."""
+    state = read_checkpoint(path)
+    config = Config(**state["config"])
+    average = averaged(FORGERS[config.generator](config))
+    average.load_state_dict(state["average"])
+    return average.module.to(device, memory_format=torch.channels_last).eval()
+
+
+# ==== 8. Judging, on pictures that neither has seen ===============================================
+
+
+def duel_score(model, D, test):
+    """How often the detective is right: on real pictures held out, and on fresh fakes. Two halves
+    are victory for the forger. (On real ones far below its share in training: it has learnt them
+    by heart.)"""
+    device = model_device(model)
+    fake = sample(model, len(test), seed="duel") * 2 - 1
+    with evaluating(D):
+        real, fake = (torch.cat([D(some.to(device)) for some in x.split(250)])
+                      for x in (scaled(test), fake))
+    return {"right_on_real": (real > 0).float().mean(), "right_on_fake": (fake < 0).float().mean()}
+
+
+def two_sample_accuracy(a, b, steps=300, seed=0):
+    """A judge who was not there: a fresh small network learns to tell pictures a from b, (N, C, H,
+    W) in [-1, 1] each, on one half of them -> its share of right answers on the other half. One
+    half: they look alike; 1: easily told apart (Lopez-Paz and Oquab 2016)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, "two samples"))
+        net = nn.Sequential(
+            nn.PixelUnshuffle(2), conv(4 * a.shape[1], 32), nn.LeakyReLU(0.2),
+            nn.PixelUnshuffle(2), conv(128, 64), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(), nn.Linear(1024, 1)).to(a.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+        half = min(len(a), len(b)) // 2
+        for _ in range(steps):
+            i, j = torch.randint(half, (2, 32))
+            loss = detective_loss(net(a[i])[:, 0], net(b[j])[:, 0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        right = [torch.cat([sign * net(some)[:, 0] > 0 for some in x[half:2 * half].split(250)])
+                 for x, sign in ((a, 1), (b, -1))]
+    return torch.cat(right).float().mean().item()
+
+
+def variety(pictures, like):
+    """How far fakes are from each other: the median distance of a picture to its nearest among the
+    rest, over the same of as many real ones. Near 1 is well; towards 0 the forger has collapsed to
+    a few pictures."""
+    def nearest(x):
+        x = x.flatten(1).float()
+        distance = torch.cdist(x, x) + 1e9 * torch.eye(len(x), device=x.device)
+        return distance.amin(1).median()
+    n = min(len(pictures), len(like))
+    return (nearest(pictures[:n]) / nearest(like[:n])).item()
+
+
+def judge(model, D, test):
+    """The figures for the end, on the first ``test_images`` held-out pictures."""
+    test = test[:model.config.test_images]
+    real = scaled(test.to(model_device(model)))
+    fake = sample(model, len(real), seed="judge") * 2 - 1
+    figures = {name: value.item() for name, value in duel_score(model, D, test).items()}
+    figures |= {"two_samples": two_sample_accuracy(real, fake), "variety": variety(fake, real)}
+    if figures["variety"] < 0.5:
+        print(f"{NAME}.py: mode collapse: samples repeat each other (variety "
+              f"{figures['variety']:.2f}, real pictures 1): try a larger --r1", file=sys.stderr)
+    return {f"test_{name}": value for name, value in figures.items()}
+
+
+# ==== 9. Looking ==================================================================================
+
+
+def draw_samples(run, model):
+    config = run.config
+    images = sample(model, config.samples, config.truncation, config.seed)
+    run.write("samples.png", png(grid(images, 10)))
+
+
+def draw_training(run, model, film):
+    """training.png: the same z from first step to last; the still image is what they became."""
+    film.take(model)
+    sheets = [grid(frame / 255, 8) for frame in film.frames]
+    run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
+
+
+def draw_strips(run, model, columns=10, rows=4):
+    """interpolation.png: from z to z, along the arc that keeps their lengths; for stylegan, too,
+    mixing.png (coarse styles of the left column, fine ones of the top row) and truncation.png."""
+    config, device = run.config, model_device(model)
+    z, *noise = model.draw(2 * rows, seeded(config.seed, "strips"))
+    noise = [[x[:1].to(device) for x in part] for part in noise]
+    way = torch.linspace(0, math.pi / 2, columns)[:, None]
+    with evaluating(model):
+        arc = torch.cat([way.cos() * a + way.sin() * b for a, b in z.to(device).split(2)])
+        more = [[x.expand(len(arc), -1, -1, -1) for x in part] for part in noise]
+        run.write("interpolation.png", png(grid(model(arc, *more) / 2 + 0.5, columns)))
+        if config.generator == "dcgan":
+            return
+        w = model.styles(z.to(device))                                         # (layers, 2 rows, L)
+        half, empty = len(w) // 2, -torch.ones(1, *model.shape, device=device)
+        noise = noise[0]
+
+        def render(styles):
+            return model.render(styles, [x.expand(styles.shape[1], -1, -1, -1) for x in noise])
+
+        coarse, fine = w[:half, :rows], w[half:, rows:]
+        sheet = [empty, render(w[:, rows:])]
+        for i in range(rows):
+            mixed = torch.cat([coarse[:, i:i + 1].expand(-1, rows, -1), fine])
+            sheet += [render(w[:, i:i + 1]), render(mixed)]
+        run.write("mixing.png", png(grid(torch.cat(sheet) / 2 + 0.5, rows + 1)))
+        psi, mean = torch.linspace(0, 1, columns, device=device)[:, None], model.mean_style()
+        rows_of = [render(mean.lerp(w[:, i:i + 1], psi)) for i in range(rows)]
+        run.write("truncation.png", png(grid(torch.cat(rows_of) / 2 + 0.5, columns)))
+
+
+def draw_neighbours(run, model, train, columns=10):
+    """neighbours.png: twenty samples, below each the training picture that is nearest to it, by
+    squared differences of pixels. Is it remembering or making?"""
+    images = sample(model, 2 * columns, run.config.truncation, run.config.seed).cpu()
+    distance = torch.cat([torch.cdist(images.flatten(1), some.flatten(1) / 255)
+                          for some in train.split(5000)], dim=1)               # (20, N)
+    pairs = torch.stack([x.unflatten(0, (2, columns))
+                         for x in (images, train[distance.argmin(1)] / 255)], 1)
+    run.write("neighbours.png", png(grid(pairs.flatten(0, 2), columns)))
+
+
+def export(run, model):
+    """--export N: export/000000.png and so on, for the FID tools that people use."""
+    count = run.config.export
+    images = sample(model, count, run.config.truncation, run.config.seed).cpu() if count else ()
+    for i, image in enumerate(images):
+        picture = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        write_file(Path(run.config.out, "export", f"{i:06}.png"), png(picture))
+
+
+def main(argv=None):
+    """The command line, ``argv`` or the process's own -> exit status (see launch)."""
+    return launch(argv, train)
+
+
+# ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
+# What they ask of this file: its name in checkpoints and folders, the settings that may not change
+# once training has begun, and those on whose change a trained model is judged again.
+NAME = "gan"
+FIXED = ("generator", "latent_dim", "width", "image_size", "r1", "r1_every", "mixing", "data",
+         "batch_size", "seed")
+JUDGING = ("test_images",)
+
+
+# ---- block: runs (the same in every file) ----
+# Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
+import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zlib
+import http.client, urllib.request
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the user can mend: on the command line one line on stderr and exit status 2."""
+
+
+def fail(message):
+    raise UserError(message)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config):
+    """Refuse a value out of range or of the wrong type, and give ``out`` its default."""
+    special = [NAME]
+    for f in fields(config):
+        value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
+        fits = type(value) is kind or (kind, type(value)) in ((float, int), (tuple, list))
+        if fits and within:
+            fits = value in within if kind is str else within[0] <= value <= within[1]
+        if not fits:
+            wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
+            fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name in ("kind", "generator", "data") and value != f.default:
+            special.append(Path(value).resolve().stem)
+    config.out = config.out or str(Path("out", "-".join(special)))
+
+
+def command_line(argv):
+    """Config from the flags that are given, then the checkpoint in ``--out``, then the defaults."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", None, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    for f in fields(Config):
+        how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        how = {"action": "append"} if f.default == () else how
+        default = "" if f.default in ("", ()) or f.default is False else f" (default {f.default})"
+        about = (f.metadata["about"] + default).replace("%", "%%")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
+    given = vars(parser.parse_args(argv))
+    out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
+    path = Path(out, "checkpoint.pt")
+    if path.exists() and not given.get("restart"):
+        given = read_checkpoint(path)["config"] | given | {"out": out}
+    return Config(**given)
+
+
+def launch(argv, job):
+    """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    try:
+        with on_signals(stop):
+            job(command_line(argv))
+        return 0
+    except KeyboardInterrupt as error:
+        status = 128 + (error.args or (signal.SIGINT,))[0]
+        words = "stopped; the same command, less any --restart, goes on"
+    except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
+    print(f"{NAME}.py:", *words.split(), file=sys.stderr)
+    return status
+
+
+@contextmanager
+def on_signals(handler):
+    """Inside, Ctrl-C and SIGTERM call ``handler``. Only the main thread may say so."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, no gradients and eval mode; afterwards the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    name = next(n for n in there if there[n]) if name == "auto" else name
+    return torch.device(name) if there[name] else fail(f"--device {name}: torch finds none here")
+
+
+def seed_of(*what):
+    """(seed, step), say -> 32 bits, all that torch's generator on a CPU takes."""
+    return zlib.crc32(repr(what).encode())
+
+
+def seeded(*what):
+    return torch.Generator().manual_seed(seed_of(*what))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
+
+
+def together():
+    """True where several processes train one model (block ranks)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def leading():
+    """True in the one process that writes and speaks."""
+    return not together() or torch.distributed.get_rank() == 0
+
+
+def to_bytes(tensor):
+    tensor = tensor.cpu().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def write_file(path, content):
+    """Write a file whole or not at all: beside it, flushed, then renamed over it."""
+    if not leading():
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def download(urls, path, digest):
+    """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
+    of its content, unpacked if it is a .gz."""
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                size = int(reply.headers.get("Content-Length") or 0) or None
+                with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
+                    content = b"".join(iter(lambda: body.read(1 << 16), b""))
+            unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
+            md5 = hashlib.md5(content, usedforsecurity=False)
+            if digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
+                return write_file(path, content)
+            trouble = f"{url}: wrong checksum"
+        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
+            trouble = f"{url}: {error}"
+    fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
+
+
+def read_checkpoint(path):
+    """What Run.save wrote, on the CPU. UserError where ``path`` is anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = state["script"] == NAME and Config(**state["config"])
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except Exception:  # torch.load raises a dozen kinds of error on junk
+        ours = False
+    return state if ours else fail(f"{path} is not a checkpoint of this {NAME}.py: choose another "
+                                   "--out, or give --restart to throw it away")
+
+
+class Run:
+    """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
+    it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
+    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
+
+    def __init__(self, config, **saved):
+        self.config, self.saved, self.written = config, saved, {}
+        self.path = Path(config.out, "checkpoint.pt")
+        self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
+        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        if self.path.exists() and not config.restart:
+            state = read_checkpoint(self.path)
+            if state["step"]:  # else it has not begun, and nothing binds it
+                self.restore(state)
+
+    def restore(self, state):
+        begun, now = state["config"], asdict(self.config)
+        try:
+            vars(self).update({name: state[name] for name in self.kept})
+            self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
+            for name in FIXED:
+                if begun[name] != now[name] and not (name == "seed" and self.finished):
+                    self.refuse(f"began with {flag(name)} {begun[name]}")
+            for name, thing in self.saved.items():
+                thing.load_state_dict(state[name])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            self.refuse("does not fit this version of the script")
+
+    def refuse(self, why):
+        fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
+
+    @property
+    def finished(self):
+        """Trained and judged: only sampling is left."""
+        return self.judged and self.step >= self.config.steps
+
+    def same_data(self, *tensors):
+        """UserError if these are not the data with which the run began."""
+        crc = functools.reduce(lambda crc, tensor: zlib.crc32(to_bytes(tensor), crc), tensors, 0)
+        if self.data not in (None, crc):
+            self.refuse("began with other data")
+        self.data = crc
+
+    def batch_rows(self, count):
+        """Which of ``count`` rows make the batch: every epoch walks its own permutation of them."""
+        size = self.config.batch_size
+        first, last = self.step * size // count, ((self.step + 1) * size - 1) // count
+        order = [epoch_order(count, self.config.seed, epoch) for epoch in range(first, last + 1)]
+        return torch.cat(order)[self.step * size - first * count:][:size]
+
+    def steps(self):
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: a killed run
+        ends like one that was not, on one CPU. Saves every 30 s, when stopped, and at the end."""
+        total, stopped_by = self.config.steps, []
+
+        def stop(number, frame):
+            stopped_by.append(number)
+            if len(stopped_by) > 1:  # the second time, at once
+                raise KeyboardInterrupt(number)
+
+        if self.step >= total:
+            return
+        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME,
+                                    disable=not leading()) as bar:
+            self.judged = False
+            self.save()  # a folder that cannot be written is better known before the work
+            clock = last_save = time.perf_counter()
+            while self.step < total:
+                torch.manual_seed(seed_of(self.config.seed, self.step))
+                yield self.step
+                self.step += 1
+                bar.update()
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                if self.step % 20 == 0 or self.step == total:
+                    row = {n: round(sum(v) / len(v), 6) for n, v in self.sums.items()}
+                    self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)} | row)
+                    self.sums = {}
+                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in row.items()})
+                stop_now = self.agree(stopped_by[0] if stopped_by else 0)
+                if stop_now or self.step == total or now > last_save + 30:
+                    self.save()
+                    last_save = time.perf_counter()
+                if stop_now:
+                    raise KeyboardInterrupt(stop_now)
+
+    def due(self, times):
+        """True when another of ``times`` equal parts of the run is done, except for the last."""
+        part = self.config.steps / times
+        return self.step > 0 and self.step // part > (self.step - 1) // part
+
+    def log(self, **figures):
+        """For the bar and metrics.csv: means over 20 steps. Training's figures go in before the
+        update, since FloatingPointError stops the run when one is not finite."""
+        for name, value in figures.items():
+            number = torch.as_tensor(value).item()
+            if not math.isfinite(number):
+                raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
+                                         f"--learning-rate; {self.path} keeps the last good state")
+            self.sums.setdefault(name, []).append(number)
+
+    def save(self):
+        """checkpoint.pt, and metrics.csv as of the same step."""
+        state = {name: getattr(self, name) for name in self.kept}
+        plain = {f.name: False for f in fields(self.config) if f.default is False}
+        state |= {"script": NAME, "config": asdict(self.config) | plain}  # such flags pass
+        state |= {name: thing.state_dict() for name, thing in self.saved.items()}
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        write_file(self.path, memory.getbuffer())
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        rows = [[str(row.get(name, "")) for name in names] for row in self.rows]
+        self.write("metrics.csv", "".join(",".join(row) + "\n" for row in [names, *rows]).encode())
+
+    def finish(self, figures):
+        """The held-out figures go into the last row: the run is trained and judged."""
+        if not self.rows or self.rows[-1]["step"] != self.step:  # stopped between two rows
+            self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)})
+        self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
+        self.judged = True
+        self.save()
+
+    def write(self, name, content):
+        write_file(self.path.with_name(name), content)
+        self.written[name] = str(self.path.with_name(name))
+
+    def report(self):
+        if not leading():
+            return
+        held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
+        print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
+              ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
+        if self.written:
+            print("wrote", ", ".join(self.written.values()))
+# ---- end block ----
+
+
+# ---- block: pictures (the same in every file) ----
+# PNG and animated PNG, written with zlib alone. Needs the block runs.
+import struct
+
+
+def grid(images, columns, scale=2):
+    """Pictures (N, C, H, W) in [0, 1] -> one sheet, bytes (height, width, C); any N fits."""
+    columns = min(columns, len(images))
+    images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
+    images = F.pad(images, (0, 1, 0, 1), value=64)                            # a thin grey line
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
+    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
+    sheet = sheet.flatten(2, 3).flatten(0, 1)
+    return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
+def png(still, frames=(), milliseconds=100):
+    """Bytes (H, W, 1 or 3) -> a PNG file. With frames of the same size it is an animation (APNG, in
+    PNG's third edition, W3C 2025), and ``still`` is what a viewer without animation shows."""
+    def chunk(kind, body):
+        check = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+
+    def pack(picture):  # a row is stored as its difference to the row above (filter 2)
+        rows = picture.flatten(1)
+        rows = torch.cat([rows[:1], rows[1:] - rows[:-1]])  # bytes, hence modulo 256
+        return zlib.compress(to_bytes(F.pad(rows, (1, 0), value=2)), 9)
+
+    height, width, channels = still.shape
+    header = struct.pack(">2I5B", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
+    if frames:
+        parts.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
+    parts.append(chunk(b"IDAT", pack(still)))
+    for i, frame in enumerate(frames):  # a control chunk and the pixels, numbered through
+        control = struct.pack(">5I2H2B", 2 * i, width, height, 0, 0, milliseconds, 1000, 0, 0)
+        parts.append(chunk(b"fcTL", control))
+        parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame)))
+    return b"".join(parts) + chunk(b"IEND", b"")
+# ---- end block ----
+
+
+# ---- block: images (the same in every file) ----
+# Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
+# Needs the blocks runs and pictures.
+from collections import namedtuple
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
+           "bag", "ankle boot"]
+IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+PUBLISHED = {  # mirrors, and for each file a sha256 of its content or, if short, an md5 of the .gz
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/",
+              ["ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+               "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+               "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+               "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"]),
+    "fashion": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/"
+                "data/fashion/",
+                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                 "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"])}
+HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 9), / lifts the pen
+    ["61 40 22 15 18 39 69 86 83 71 50", "50 23 16 29 59 77 74 62 41"],
+    ["51 54 59", "23 41 50 54 59", "23 50 54 59/29 59 89"],
+    ["13 20 50 72 74 46 19 19 59 89", "12 30 60 73 56 28 17 27 58 88"],
+    ["12 30 60 72 63 44 44 74 77 58 29 17", "11 41 71 71 44 44 65 77 59 28"],
+    ["30 23 15 15 55 85/71 65 59", "70 43 15 15 55 85/60 65 69", "21 14 26 56 75/81 74 67 59"],
+    ["21 20 14 14 43 74 77 59 28/21 51 81", "81 51 31 24 24 54 76 68 39"],
+    ["70 40 22 15 18 39 69 77 65 45 26", "60 33 16 28 59 77 65 35 17"],
+    ["12 11 41 81 81 64 46 39", "11 51 81 81 54 48 49/35 55 75", "12 10 40 80 80 63 49"],
+    ["72 60 30 12 23 55 77 69 39 17 26 53 72", "50 23 24 45 66 77 59 29 17 35 64 73 61 50"],
+    ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
+
+
+# Pictures are bytes (N, 1, 28, 28); labels (N,) say which of the names each one shows.
+Images = namedtuple("Images", "train train_labels test test_labels names")
+
+
+def draw_digits(count, seed):
+    """Handwriting: bytes (count, 1, 28, 28), and labels digit + 10 * bold + 20 * slanted, (count,).
+
+    A stroke is a smooth curve through jittered points, its ink a sum of Gaussian blobs along it. A
+    blob is separable, so the sum is a matrix product: (28, places) @ (places, 28). Clamping makes
+    it a stroke with soft edges.
+    """
+    g = seeded("digits", seed)
+    digit, bold, slanted = (torch.randint(n, (count,), generator=g) for n in (10, 2, 2))
+    jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
+    shift = 0.7 * torch.randn(count, 1, 2, generator=g)
+    u = torch.rand(7, count, generator=g)
+    size, aspect, turn = 16.5 + 4 * u[0], 0.65 + 0.35 * u[1], 0.2 * u[2] - 0.1
+    pressure, hand = u[3] - 0.5, u[4]
+    lean = torch.where(slanted == 1, 0.32 + 0.28 * u[5], 0.16 * u[5] - 0.06)
+    radius = torch.where(bold == 1, 1.05 + 0.3 * u[6], 0.58 + 0.22 * u[6])
+    cos, sin = turn.cos(), turn.sin()  # pose: where a step to the right goes, and a step down
+    pose = torch.stack([aspect * cos, aspect * sin, -sin - lean * cos, cos - lean * sin], 1)
+    pose = (pose * size[:, None] / 9).view(-1, 2, 2)
+    pictures = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
+    for d, h in [(d, h) for d, hands in enumerate(HANDS) for h in range(len(hands))]:
+        strokes = [[[int(x), int(y)] for x, y in s.split()] for s in HANDS[d][h].split("/")]
+        # Interpolating an identity matrix gives what each point weighs at each place of the curve.
+        curves = [F.interpolate(torch.eye(len(s))[None, None], (max(24, 8 * len(s)), len(s)),
+                                mode="bicubic", align_corners=True)[0, 0] for s in strokes]
+        curve = torch.block_diag(*curves)                                      # (places, points)
+        pace = torch.block_diag(*(torch.gradient(c, dim=0)[0] for c in curves))
+        points = torch.tensor([point for s in strokes for point in s]).float()      # (points, 2)
+        chosen = (digit == d) & ((hand * len(HANDS[d])).int() == h)
+        for rows in chosen.nonzero()[:, 0].split(2000):
+            posed = (points + jitter[rows, :len(points)]) @ pose[rows]            # (n, points, 2)
+            at, pen = curve @ posed, (pace @ posed).norm(dim=2)    # (n, places, 2), (n, places)
+            at = at - (at.amin(1, True) + at.amax(1, True)) / 2 + 13.5 + shift[rows]
+            r = 1 + pressure[rows, None] * torch.linspace(-0.5, 0.5, len(curve))
+            r = r * radius[rows, None]                                            # (n, places)
+            blob = (-0.5 * ((torch.arange(28) - at[..., None]) / r[..., None, None])**2).exp()
+            ink = (blob[:, :, 1] * (pen / r)[..., None] / math.tau**0.5).mT @ blob[:, :, 0]
+            pictures[rows, 0] = ((ink - 0.2) * 510).clamp(0, 255).byte()
+    return pictures, digit + 10 * bold + 20 * slanted
+
+
+def read_idx(path, digest=""):
+    """An IDX file of bytes, plain or .gz -> tensor. UserError where it is damaged or another."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            head = file.read(4)
+            sizes = file.read(4 * head[3])
+            shape = struct.unpack(f">{head[3]}I", sizes)
+            if head[:3] != b"\0\0\x08" or not 0 < math.prod(shape) < 2**30:
+                raise ValueError("it holds no bytes, or too many")
+            body = file.read(math.prod(shape) + 1)
+        if len(body) != math.prod(shape):
+            raise ValueError("it is cut short or too long")
+        if len(digest) == 64 and hashlib.sha256(head + sizes + body).hexdigest() != digest:
+            raise ValueError("it is not the published one: delete it, and it is fetched again")
+    except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
+        fail(f"{path} is not a good IDX file: {error}")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+
+
+def load_images(name, data_dir):
+    """``digits``, ``mnist``, ``fashion`` or a folder with the four IDX files -> Images."""
+    if name == "digits":
+        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
+        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
+        return Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+    *mirrors, digests = PUBLISHED.get(name, [[""] * 4])
+    folder = Path(data_dir, name) if mirrors else Path(name)
+    if not mirrors and not folder.is_dir():
+        fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
+    tensors = []
+    for file, digest in zip(IDX_FILES, digests, strict=True):
+        path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
+        if mirrors and not path.exists():
+            download([mirror + path.name for mirror in mirrors], path, digest)
+        if not path.exists():
+            fail(f"{folder} holds no {file}, plain or .gz")
+        tensors.append(read_idx(path, digest))
+    x, y, x_test, y_test = tensors
+    if not (x.shape == (len(y), 28, 28) and x_test.shape == (len(y_test), 28, 28)):
+        fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
+    if max(y.max(), y_test.max()) > 9:
+        fail(f"{folder}: a label is above 9")
+    names = FASHION if name == "fashion" else DIGITS
+    return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
+# ---- end block ----
+
+
+if __name__ == "__main__":
+    sys.exit(main())
