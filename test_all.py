@@ -1473,16 +1473,19 @@ def test_lessons_are_weighted_by_signal_to_noise():
                                    rtol=1e-4, atol=1e-6)
 
 
-def test_the_network_begins_with_what_it_sees():
-    """At birth its last layer is zero: the guess is x_t less its shrinking where that is clear,
-    and nothing where noise is all."""
-    model, x = ddpm.UNet(ddpm.Config(width=8, blocks=1)), torch.randn(2, 1, 28, 28)
+@pytest.mark.parametrize("size", [None, 1.0])
+def test_the_network_begins_with_what_it_sees(monkeypatch, size):
+    """At birth its last layer is zero: the guess is x_t, scaled up and shrunk, the more the noisier
+    it is; at T nothing of it."""
+    monkeypatch.setattr(ddpm, "K", size or ddpm.K)
+    model, x = ddpm.UNet(ddpm.Config(width=8, blocks=1)), torch.randn(3, 1, 28, 28)
+    t = torch.tensor([1, 500, 1000])
     with torch.no_grad():
-        guess = model(x, torch.tensor([1, 1000]), torch.zeros(2, 1, dtype=torch.long))
-    a = model.alpha_bar[1].item()
-    k = ddpm.K**2 / (ddpm.K**2 + (1 - a) / a)
-    torch.testing.assert_close(guess, torch.stack([k * x[0] / a**0.5, 0 * x[1]]),
-                               atol=1e-4, rtol=1e-4)
+        guess = model(x, t, torch.zeros(3, 1, dtype=torch.long))
+    a = model.alpha_bar[t][:, None, None, None]
+    expected = ddpm.K**2 / (ddpm.K**2 + (1 - a) / a) * x / a.sqrt()
+    torch.testing.assert_close(guess, expected.float(), atol=1e-5, rtol=1e-4)
+    assert guess[2].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("t, s", [(2, 1), (500, 499), (900, 400), (1000, 999)])
