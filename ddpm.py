@@ -242,8 +242,8 @@ def time_embedding(t, size, period=10000):
 class Residual(nn.Module):
     """x + f(x, e): (B, in, H, W) and (B, E) -> (B, out, H, W). e, time plus prompt, scales and
     shifts the channels between two convolutions (Dhariwal, Nichol 2021, arXiv:2105.05233, section
-    3): on MNIST, after 150 s, fid 6.7; only to add it, as Ho et al. do, gave 11.2. The last layer
-    starts at zero, and with it f."""
+    3): on MNIST, after 150 s of predicting v, fid 6.7; only to add it, as Ho et al. do, gave 11.2.
+    The last layer starts at zero, and with it f."""
 
     def __init__(self, inside, outside, size):
         super().__init__()
