@@ -45,7 +45,7 @@ with warnings.catch_warnings():  # without numpy, importing torch warns; nothing
     import torch
     import torch.nn.functional as F
     from torch import nn
-    from torch.optim.swa_utils import AveragedModel
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def knob(default, about, *within):
@@ -57,15 +57,15 @@ def knob(default, about, *within):
 class Config:
     """Every setting, model first; the command line is made from it."""
     generator: str = knob("dcgan", "dcgan, or stylegan, in styles", "dcgan", "stylegan")
-    latent_dim: int = knob(64, "numbers in z, and in stylegan's w", 1, 512)
-    width: int = knob(32, "channels at half the picture's size; a multiple of 8", 8, 512)
+    latent_dim: int = knob(16, "numbers in z, and in stylegan's w", 1, 512)
+    width: int = knob(16, "channels at half the picture's size; a multiple of 8", 8, 512)
     image_size: int = knob(28, "28, or a power of two from 16 on", 16, 1024)
     r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
     r1_every: int = knob(8, "counted once in so many steps, so many times as heavily", 1, 1000)
     mixing: float = knob(0.5, "share of stylegan's fakes in two styles", 0, 1)
     truncation: float = knob(1.0, "1: all of what it knows; less: nearer to the average", 0, 2)
     steps: int = knob(2000, "steps in all, each an update of both", 1, 10**8)
-    batch_size: int = knob(32, "pictures a step, and as many fakes", 1, 2**16)
+    batch_size: int = knob(16, "pictures a step, and as many fakes", 1, 2**16)
     learning_rate: float = knob(2e-3, "peak of its schedule; less where training diverges", 0, 1)
     export: int = knob(0, "write so many samples into export/, as PNG files", 0, 10**6)
     test_images: int = knob(2000, "held-out pictures to judge on", 10, 10**6)
@@ -203,6 +203,7 @@ class StyleGAN(nn.Module):
         layers = []
         for _ in range(4):
             layers += [nn.Linear(L, L), nn.LeakyReLU(0.2)]
+            nn.init.kaiming_normal_(layers[-2].weight, a=0.2)  # or w would start near 0 for every z
         self.mapping = nn.Sequential(*layers)
         self.constant = nn.Parameter(torch.randn(1, self.levels[0][1], *[self.levels[0][0]] * 2))
         self.convs = nn.ModuleList()  # two a level; the first of a level doubles the size
@@ -279,8 +280,8 @@ class Discriminator(nn.Module):
     def forward(self, x):
         x = self.body(x.contiguous(memory_format=torch.channels_last))             # (B, c, h, w)
         group = next(n for n in (4, 3, 2, 1) if len(x) % n == 0)
-        y = x.unflatten(0, (-1, group))
-        spread = (y.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))            # (B / group,)
+        y = x.permute(0, 2, 3, 1).reshape(len(x) // group, group, -1)              # as it lies
+        spread = ((y - y.mean(1, keepdim=True)).square().mean(1) + 1e-8).sqrt().mean(1)
         spread = spread.repeat_interleave(group)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         return self.head(torch.cat([x, spread], 1)).flatten()
 
@@ -311,6 +312,30 @@ def r1_penalty(discriminator, real):
     return 0.5 * slope.square().sum((1, 2, 3)).mean()
 
 
+def detective_turn(discriminator, optimizer, real, fake, r1=0.0):
+    """One step of the detective, on pictures (B, C, H, W) of both kinds; ``r1`` is the weight of
+    the penalty in this step -> its figures. To it fakes are but pictures: detach cuts the way back
+    to the forger, who would otherwise be taught to be caught."""
+    discriminator.requires_grad_(True)
+    loss = detective_loss(discriminator(real), discriminator(fake.detach()))
+    penalty = r1_penalty(discriminator, real) if r1 else 0
+    optimizer.zero_grad()
+    (loss + r1 * penalty).backward()
+    optimizer.step()
+    return {"detective_loss": loss} | ({"r1": penalty} if r1 else {})
+
+
+def forger_turn(discriminator, optimizer, fake):
+    """One step of the forger, on its ``fake``, as it came out of it -> its figures. The gradient
+    passes through the detective, whose weights stand still and get none."""
+    discriminator.requires_grad_(False)
+    loss = forger_loss(discriminator(fake))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"forger_loss": loss}
+
+
 def forge(generator, n, mixing=0.0):
     """n fresh fakes; of stylegan's, a share ``mixing`` has one style up to a layer drawn at random
     and another from there on, so that layers learn not to rely on each other's styles."""
@@ -333,13 +358,24 @@ def schedule(progress):
     return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def adam(net):
+    """Adam without momentum: where to go changes with every step of the other player. On w hang all
+    styles at once, so the mapping network learns ten times more slowly (Karras et al. 2018, appendix
+    C: a hundred times)."""
+    slow = [p for name, p in net.named_parameters() if name.startswith("mapping.")]
+    rest = [p for name, p in net.named_parameters() if not name.startswith("mapping.")]
+    groups = [{"params": rest, "pace": 1.0}, {"params": slow, "pace": 0.1}]
+    return torch.optim.Adam(groups, betas=(0.0, 0.99), fused=True)
+
+
 def averaged(model):
     """The mean of the forger's weights over the last hundreds of steps. The two chase each other in
     circles, and the middle of a circle is better than a point of it (Yazici et al. 2018,
     arXiv:1806.04498). While steps were few, it is over fewer."""
-    def follow(average, weight, count):
-        return average.lerp(weight, 1 - min(0.998, (1 + float(count)) / (10 + float(count))))
-    return AveragedModel(model, avg_fn=follow)
+    def follow(averages, weights, count):
+        decay = min(0.998, (1 + count) / (10 + count))
+        get_ema_multi_avg_fn(decay)(averages, weights, count)
+    return AveragedModel(model, multi_avg_fn=follow)
 
 
 def train(config):
@@ -354,10 +390,9 @@ def train(config):
     G = FORGERS[config.generator](config).to(device, memory_format=torch.channels_last)
     D = Discriminator(config).to(device, memory_format=torch.channels_last)
     ema, film = averaged(G), Film()
-    optimizers = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True)
-                  for net in (G, D)]
+    optimizer_g, optimizer_d = adam(G), adam(D)
     run = Run(config, model=G, discriminator=D, average=ema, film=film,
-              optimizer_g=optimizers[0], optimizer_d=optimizers[1])
+              optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     if not run.finished:
         data = load_images(config.data, config.data_dir)
         run.same_data(data.train, data.test)
@@ -365,24 +400,14 @@ def train(config):
         for step in run.steps():
             if step * 20 // config.steps > (step - 1) * 20 // config.steps:
                 film.take(ema.module)
-            # The detective's turn: real pictures, and fakes that are but pictures to it, without a
-            # way back to the forger (hence no_grad).
-            D.requires_grad_(True)
+            share = schedule((step + 0.5) / config.steps)
+            for group in (*optimizer_g.param_groups, *optimizer_d.param_groups):
+                group["lr"] = config.learning_rate * share * group["pace"]
             real = scaled(train[run.batch_rows(len(train))].to(device))
-            with torch.no_grad():
-                fake = forge(G, len(real), config.mixing)
-            loss = detective_loss(D(real), D(fake))
-            run.log(loss_d=loss)
-            if step % config.r1_every == 0:
-                penalty = r1_penalty(D, real)
-                run.log(r1=penalty)
-                loss = loss + config.r1 * config.r1_every * penalty
-            update(optimizers[1], loss, run)
-            # The forger's turn: gradients pass through the detective, but not into it.
-            D.requires_grad_(False)
-            loss = forger_loss(D(forge(G, len(real), config.mixing)))
-            run.log(loss_g=loss)
-            update(optimizers[0], loss, run)
+            fake = forge(G, len(real), config.mixing)                          # both (B, C, H, W)
+            due = config.r1 * config.r1_every if step % config.r1_every == 0 else 0
+            run.log(**detective_turn(D, optimizer_d, real, fake, due))
+            run.log(**forger_turn(D, optimizer_g, fake))
             ema.update_parameters(G)
             if run.due(5):  # now and then, to see how it comes on
                 draw_samples(run, ema.module)
@@ -395,15 +420,6 @@ def train(config):
     export(run, ema.module)
     run.report()
     return ema.module.eval()
-
-
-def update(optimizer, loss, run):
-    """One step down the loss, at the rate that is due."""
-    optimizer.zero_grad()
-    loss.backward()
-    share = schedule((run.step + 0.5) / run.config.steps)
-    optimizer.param_groups[0]["lr"] = run.config.learning_rate * share
-    optimizer.step()
 
 
 class Film:
@@ -881,8 +897,8 @@ class Run:
         return self.step > 0 and self.step // part > (self.step - 1) // part
 
     def log(self, **figures):
-        """For the bar and metrics.csv: means over 20 steps. Training's figures go in before the
-        update, since FloatingPointError stops the run when one is not finite."""
+        """For the bar and metrics.csv: means over 20 steps. When one is not finite,
+        FloatingPointError stops the run before this step is saved."""
         for name, value in figures.items():
             number = torch.as_tensor(value).item()
             if not math.isfinite(number):

@@ -25,7 +25,7 @@ import vae
 
 import torch
 import torch.nn.functional as F
-from torch import distributions
+from torch import distributions, nn
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = [p for p in sorted(HERE.glob("*.py")) if p.name != "test_all.py"]
@@ -1763,6 +1763,68 @@ def test_r1_of_a_known_slope():
     torch.testing.assert_close(penalty, 0.5 * x.square().sum((1, 2, 3)).mean())
 
 
+@pytest.mark.parametrize("kind", ["dcgan", "stylegan"])
+def test_each_turn_leaves_the_other_player_alone(kind):
+    G = tiny_gan(kind)
+    D = gan.Discriminator(G.config)
+    real, nets = torch.rand(4, 1, 28, 28), {"G": G, "D": D}
+
+    def state(net):
+        return [x.clone() for p in net.parameters() for x in (p, p.grad) if x is not None]
+
+    def turn(step, net, *pictures):
+        before = {name: state(some) for name, some in nets.items()}
+        figures = step(D, torch.optim.SGD(net.parameters(), 0.1), *pictures)
+        assert all(torch.isfinite(x) for x in figures.values())
+        return [name for name, some in nets.items() if len(state(some)) != len(before[name])
+                or not all(map(torch.equal, state(some), before[name]))]
+
+    assert turn(gan.detective_turn, D, real, gan.forge(G, 4), 2.0) == ["D"]
+    for _ in range(2):
+        assert turn(gan.forger_turn, G, gan.forge(G, 4, 0.5)) == ["G"]
+        assert turn(gan.detective_turn, D, real, gan.forge(G, 4, 0.5)) == ["D"]
+    fake = gan.forge(G, 4).detach()  # the gradient is that of the detective's own loss, no more
+    gan.detective_turn(D, torch.optim.SGD(D.parameters(), 0.0), real, fake, 3.0)
+    loss = gan.detective_loss(D(real), D(fake)) + 3 * gan.r1_penalty(D, real)
+    expected = torch.autograd.grad(loss, list(D.parameters()))
+    torch.testing.assert_close([p.grad for p in D.parameters()], list(expected))
+
+
+def test_networks_begin_as_intended():
+    """The deviation of each kind of weight, w as large as z, and no broad eps in a norm."""
+    torch.manual_seed(0)
+    config = gan.Config(latent_dim=64, width=32)
+    G, styled, D = gan.DCGAN(config), gan.StyleGAN(config), gan.Discriminator(config)
+    for m in [m for net in (G, D) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        fan_in = m.weight[0].numel()
+        if m.weight.numel() > 1000:
+            assert math.isclose(m.weight.std().item() * math.sqrt(3 * fan_in), 1, rel_tol=0.1)
+    for m in styled.modules():
+        if isinstance(m, gan.StyledConv):
+            assert math.isclose(m.weight.std().item() * math.sqrt(m.weight[0].numel()), 1, rel_tol=0.1)
+            assert math.isclose(m.style.weight.std().item() * 8, 1, rel_tol=0.1)
+            assert torch.equal(m.style.bias, torch.ones_like(m.style.bias))
+    w = styled.styles(torch.randn(500, 64))[0]
+    assert 0.5 < w.square().mean() < 2 and w.var(0).mean() > 0.2
+    eps = [m.eps for net in (G, styled, D) for m in net.modules() if hasattr(m, "eps")]
+    assert eps and max(eps) < 1e-3
+
+
+def test_average_follows_its_formula():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average, by_hand = gan.averaged(model), None
+    for count in range(4):
+        with torch.no_grad():
+            model[0].weight.normal_()
+            model[1].running_mean.normal_()
+        new = model[0].weight.detach().clone()
+        keep = (1 + count) / (10 + count)
+        by_hand = new if by_hand is None else keep * by_hand + (1 - keep) * new
+        average.update_parameters(model)
+        torch.testing.assert_close(average.module[0].weight.detach(), by_hand)
+        assert torch.equal(average.module[1].running_mean, model[1].running_mean)
+
+
 def test_scaling_activations_is_scaling_weights():
     torch.manual_seed(0)
     layer, x, w = gan.StyledConv(6, 4, 8), torch.randn(2, 6, 9, 9), torch.randn(2, 8)
@@ -1859,10 +1921,24 @@ def test_gan_killed_and_started_again(data, forger, tmp_path):
     assert len(frames) == 21 and all(map(torch.equal, frames, weights(forger)["film"]["frames"]))
 
 
-def test_stylegan_runs(data, tmp_path):
-    out = tmp_path / "o"
-    assert gan.main(gan_words(data, out, generator="stylegan", steps=6)) == 0
-    assert {"mixing.png", "truncation.png", "interpolation.png"} <= {p.name for p in out.iterdir()}
+def test_stylegan_stopped_and_started_again(data, tmp_path, monkeypatch):
+    words = [gan_words(data, tmp_path / o, generator="stylegan", steps=9) for o in "ab"]
+    assert gan.main(words[0]) == 0
+    pictures = {"mixing.png", "truncation.png", "interpolation.png"}
+    assert pictures <= {p.name for p in (tmp_path / "a").iterdir()}
+    turn, calls = gan.forger_turn, []
+
+    def stopped(*all_of_it):
+        calls.append(os.kill(os.getpid(), signal.SIGINT) if len(calls) == 4 else None)
+        return turn(*all_of_it)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gan, "forger_turn", stopped)
+        assert gan.main(words[1]) == 130
+    assert weights(tmp_path / "b")["step"] == 5 and gan.main(words[1]) == 0
+    for key in ("model", "discriminator", "average"):
+        whole, again = (weights(tmp_path / o)[key] for o in "ab")
+        assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("words, needle", [

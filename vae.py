@@ -713,8 +713,8 @@ class Run:
         return self.step > 0 and self.step // part > (self.step - 1) // part
 
     def log(self, **figures):
-        """For the bar and metrics.csv: means over 20 steps. Training's figures go in before the
-        update, since FloatingPointError stops the run when one is not finite."""
+        """For the bar and metrics.csv: means over 20 steps. When one is not finite,
+        FloatingPointError stops the run before this step is saved."""
         for name, value in figures.items():
             number = torch.as_tensor(value).item()
             if not math.isfinite(number):
