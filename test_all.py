@@ -1801,7 +1801,8 @@ def test_networks_begin_as_intended():
             assert math.isclose(m.weight.std().item() * math.sqrt(3 * fan_in), 1, rel_tol=0.1)
     for m in styled.modules():
         if isinstance(m, gan.StyledConv):
-            assert math.isclose(m.weight.std().item() * math.sqrt(m.weight[0].numel()), 1, rel_tol=0.1)
+            fan_in = m.weight[0].numel()
+            assert math.isclose(m.weight.std().item() * math.sqrt(fan_in), 1, rel_tol=0.1)
             assert math.isclose(m.style.weight.std().item() * 8, 1, rel_tol=0.1)
             assert torch.equal(m.style.bias, torch.ones_like(m.style.bias))
     w = styled.styles(torch.randn(500, 64))[0]
@@ -1884,8 +1885,9 @@ def test_collapse_and_two_samples_are_noticed():
 
 
 def gan_words(data, out, **settings):
-    settings = {"data": data, "out": out, "steps": 45, "batch_size": 4, "width": 8, "r1_every": 4,
-                "latent_dim": 8, "samples": 7, "test_images": 30} | settings
+    settings = {"generator": "dcgan", "data": data, "out": out, "steps": 45, "batch_size": 4,
+                "width": 8, "r1_every": 4, "latent_dim": 8, "samples": 7,
+                "test_images": 30} | settings
     return [word for name, value in settings.items() for word in (gan.flag(name), str(value))]
 
 
@@ -1919,6 +1921,13 @@ def test_gan_killed_and_started_again(data, forger, tmp_path):
     assert "held out: " in shown
     frames = weights(out)["film"]["frames"]
     assert len(frames) == 21 and all(map(torch.equal, frames, weights(forger)["film"]["frames"]))
+
+
+def test_gan_goes_on_at_another_rate(data, forger, tmp_path):
+    out = copy_of(forger, tmp_path)
+    assert gan.main(gan_words(data, out, steps=47, learning_rate=0)) == 0
+    before, after = (weights(o)["model"] for o in (forger, out))
+    assert weights(out)["step"] == 47 and all(torch.equal(after[n], x) for n, x in before.items())
 
 
 def test_stylegan_stopped_and_started_again(data, tmp_path, monkeypatch):
