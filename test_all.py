@@ -1881,6 +1881,17 @@ def test_collapse_and_two_samples_are_noticed():
     assert gan.two_sample_accuracy(real, noise, steps=60) > 0.97
 
 
+def test_collapse_alarm(capsys, monkeypatch):
+    model, test = tiny_gan("dcgan"), gan.draw_digits(300, "a")[0]
+    D = gan.Discriminator(model.config)
+    real = gan.draw_digits(300, "b")[0] / 255
+    monkeypatch.setattr(gan, "sample", lambda model, n, seed: real[:n])
+    assert gan.duel_score(model, D, test)["variety"] > 0.8 and not capsys.readouterr().err
+    monkeypatch.setattr(gan, "sample", lambda model, n, seed: real[torch.arange(n) % 3])
+    assert gan.duel_score(model, D, test)["variety"] < 0.1
+    assert "mode collapse" in capsys.readouterr().err
+
+
 # ==== gan.py as its users run it ==================================================================
 
 
