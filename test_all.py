@@ -1855,6 +1855,26 @@ def test_forgers_paint_any_size_alone_and_in_a_batch(kind, size):
     assert logits.shape == (3,)
 
 
+def test_the_detective_hears_how_much_pictures_differ():
+    """In groups of four, in training and in judging: one number for each."""
+    torch.manual_seed(0)
+    D, x = gan.Discriminator(gan.Config(width=8)), torch.rand(8, 1, 28, 28)
+    heard = []
+    D.body = nn.Sequential(nn.PixelUnshuffle(2))
+    D.head = nn.Sequential(nn.Identity())
+    D.head.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0][:, -1]))
+    D(x)
+    folded = F.pixel_unshuffle(x, 2)
+    for i in (0, 4):
+        expected = (folded[i:i + 4].var(0, correction=0) + 1e-8).sqrt().mean()
+        torch.testing.assert_close(heard[0][i:i + 4], expected.expand(4, 14, 14))
+    sizes, model = [], tiny_gan("dcgan")
+    D = gan.Discriminator(model.config)
+    D.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    gan.duel_score(model, D, gan.draw_digits(1003, "a")[0])
+    assert sum(sizes) == 2000 and all(size % 4 == 0 for size in sizes)
+
+
 def test_styles():
     """psi 0 is one picture for all z; a z mixed with itself is what it was; noise starts at 0."""
     model = tiny_gan("stylegan")
@@ -1963,6 +1983,7 @@ def test_stylegan_stopped_and_started_again(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, needle", [
     (["--image-size", "30"], "--image-size"), (["--width", "12"], "--width"),
+    (["--batch-size", "10"], "--batch-size"),
     (["--generator", "biggan"], "--generator"), (["--latent-dim", "9"], "--restart")])
 def test_gan_refuses_in_one_line(forger, data, tmp_path, capsys, words, needle):
     out = copy_of(forger, tmp_path)
