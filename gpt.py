@@ -653,7 +653,7 @@ def write_samples(run, model):
 
 # ---- block: runs (the same in every file) ----
 # Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
-import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zlib
+import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zipfile, zlib
 import http.client, urllib.request
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -809,7 +809,7 @@ def write_file(path, content):
 
 def download(urls, path, digest):
     """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
-    of its content, unpacked if it is a .gz."""
+    of its content, unpacked if it is a .gz, or "zip", where no more is known than that."""
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
@@ -818,10 +818,12 @@ def download(urls, path, digest):
                     content = b"".join(iter(lambda: body.read(1 << 16), b""))
             unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
             md5 = hashlib.md5(content, usedforsecurity=False)
-            if digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
+            whole = digest == "zip" and not zipfile.ZipFile(io.BytesIO(content)).testzip()
+            if whole or digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
                 return write_file(path, content)
             trouble = f"{url}: wrong checksum"
-        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
+        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error,
+                zipfile.BadZipFile) as error:
             trouble = f"{url}: {error}"
     fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
 

@@ -13,12 +13,14 @@ import signal
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
 
-import ddpm  # before torch, whose import it keeps from warning where numpy is missing
+import cyclegan  # before torch, whose import it keeps from warning where numpy is missing
+import ddpm
 import gan
 import gpt
 import vae
@@ -59,16 +61,17 @@ def test_a_script_stands_alone(script):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
             for name in names:
                 root = name.split(".")[0]
-                assert root in sys.stdlib_module_names | {"torch", "tqdm"}, (node.lineno, name)
+                allowed = {"torch", "tqdm"} | ({"PIL"} if node.col_offset else set())
+                assert root in sys.stdlib_module_names | allowed, (node.lineno, name)
 
 
 def test_commands_in_print_are_understood(tmp_path, monkeypatch):
     """Every ``python vae.py ...`` in README and docstrings has good flags and values."""
     monkeypatch.chdir(tmp_path)
-    count = {vae: 0, gpt: 0, ddpm: 0, gan: 0}
+    count = {vae: 0, gpt: 0, ddpm: 0, gan: 0, cyclegan: 0}
     for text in [HERE / "README.md", *SCRIPTS]:
         whole = re.sub(r"\\\n +--", " --", text.read_text())
-        commands = r"(?:python|torchrun \S+) (vae|gpt|ddpm|gan)\.py([^\n`|]*)"
+        commands = r"(?:python|torchrun \S+) (vae|gpt|ddpm|gan|cyclegan)\.py([^\n`|]*)"
         for name, line in re.findall(commands, whole):
             words = shlex.split(re.split(r"\s{3,}|&&|;|\.\.\.", line)[0])
             count[globals()[name]] += bool(globals()[name].command_line(words))
@@ -1805,6 +1808,7 @@ def test_networks_begin_as_intended():
             assert math.isclose(m.weight.std().item() * math.sqrt(fan_in), 1, rel_tol=0.1)
             assert math.isclose(m.style.weight.std().item() * 8, 1, rel_tol=0.1)
             assert torch.equal(m.style.bias, torch.ones_like(m.style.bias))
+    assert all(not m.bias.any() for m in styled.mapping if isinstance(m, nn.Linear))
     w = styled.styles(torch.randn(500, 64))[0]
     assert 0.5 < w.square().mean() < 2 and w.var(0).mean() > 0.2
     eps = [m.eps for net in (G, styled, D) for m in net.modules() if hasattr(m, "eps")]
@@ -1989,3 +1993,264 @@ def test_gan_refuses_in_one_line(forger, data, tmp_path, capsys, words, needle):
     out = copy_of(forger, tmp_path)
     assert gan.main([*gan_words(data, out), *words]) == 2
     one_line(capsys, needle, script="gan")
+
+
+# ==== cyclegan.py: the mathematics ================================================================
+
+
+def tiny_cycle(**settings):
+    torch.manual_seed(0)
+    config = cyclegan.Config(width=4, blocks=1, image_size=16, **settings)
+    return cyclegan.begin(cyclegan.Translators(config))
+
+
+def test_drawn_animals_differ_on_the_coat_alone():
+    horses, mask = cyclegan.draw_animals(8, "t", False)
+    zebras, again = cyclegan.draw_animals(8, "t", True)
+    assert horses.shape == (8, 3, 64, 64) and horses.dtype == torch.uint8
+    assert torch.equal(mask, again) and 0.05 < mask.mean() < 0.4
+    difference = (horses.float() - zebras.float()).abs()
+    bare = mask.expand(-1, 3, -1, -1) == 0  # sky and ground, but for hair: mane and tail
+    assert difference[~bare].mean() > 30 and difference[bare].mean() < 1.5
+    assert not torch.equal(horses, cyclegan.draw_animals(8, "u", False)[0])
+
+
+def test_discriminator_sees_70_pixels():
+    D = cyclegan.Discriminator(cyclegan.Config(width=4))
+    D.layers = nn.Sequential(*[m for m in D.layers if not isinstance(m, nn.GroupNorm)])
+    x = torch.randn(1, 3, 128, 128, requires_grad=True)
+    verdicts = D(x)
+    middle = verdicts.shape[2] // 2
+    (slope,) = torch.autograd.grad(verdicts[0, 0, middle, middle], x)
+    for side in (2, 3):
+        seen = slope.abs().amax((1, 5 - side)).nonzero()[:, 1]
+        assert seen.max() - seen.min() + 1 == 70
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (20, 64), (17, 30), (97, 18)])
+def test_translators_map_any_size_alone_and_in_a_batch(height, width):
+    model, images = tiny_cycle().train(), torch.rand(3, 3, height, width)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for to in "AB":
+        made = cyclegan.translate(model, images, to)
+        assert made.shape == images.shape and model.training and 0 <= made.min() <= made.max() <= 1
+        alone = cyclegan.translate(model, images[:1], to)
+        torch.testing.assert_close(made[:1], alone, atol=1e-4, rtol=0)
+    assert not torch.equal(cyclegan.translate(model, images, "A"), made)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Constant(nn.Module):
+    """A network that adds one number, so that every loss can be told by hand."""
+    def __init__(self, number):
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(float(number)))
+
+    def forward(self, x):
+        return x + self.number
+
+
+def test_cycle_losses_against_hand_values():
+    config = cyclegan.Config(cycle_weight=10, identity_weight=5)
+    G, D = nn.Module(), nn.ModuleDict({"a": Constant(0.25), "b": Constant(-0.5)})
+    G.to_b, G.to_a = Constant(0.3), Constant(0.1)
+    a, b = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    optimizer = torch.optim.SGD(G.parameters(), lr=0.0)
+    as_a, as_b, figures = cyclegan.translators_turn(G, D, optimizer, a, b, config)
+    torch.testing.assert_close((as_b[0, 0, 0, 0], as_a[0, 0, 0, 0]),
+                               (torch.tensor(0.3), torch.tensor(1.1)))
+    fool = (0.3 - 0.5 - 1) ** 2 + (1.1 + 0.25 - 1) ** 2
+    figures = {name: value.item() for name, value in figures.items()}
+    assert math.isclose(figures["fool"], fool, rel_tol=1e-5)
+    assert math.isclose(figures["cycle"], 2 * 0.4, rel_tol=1e-5)
+    assert math.isclose(figures["identity"], 0.3 + 0.1, rel_tol=1e-5)
+    # d/d(to_b): its verdict, both ways of the cycle, and its own identity
+    slope = 2 * (0.3 - 0.5 - 1) + 10 * 2 + 5
+    assert math.isclose(G.to_b.number.grad, slope, rel_tol=1e-5)
+    assert all(p.grad is None for p in D.parameters())
+    optimizer = torch.optim.SGD(D.parameters(), lr=0.0)
+    before = G.to_b.number.grad.clone()
+    fakes = [cyclegan.Buffer(5).swap(x) for x in (as_a, as_b)]
+    figures = cyclegan.detectives_turn(D, optimizer, (a, b), fakes)
+    by_hand = ((0 + 0.25 - 1) ** 2 + (1.1 + 0.25) ** 2 + (1 - 0.5 - 1) ** 2 + (0.3 - 0.5) ** 2) / 2
+    assert math.isclose(figures["detectives"].item(), by_hand, rel_tol=1e-5)
+    assert torch.equal(G.to_b.number.grad, before) and D["a"].number.grad is not None
+
+
+def test_buffer_fills_and_then_mixes_half_and_half():
+    torch.manual_seed(0)
+    buffer = cyclegan.Buffer(20)
+    for i in range(20):
+        fake = torch.full((1, 3, 2, 2), float(i), requires_grad=True) * 1
+        out = buffer.swap(fake)
+        assert torch.equal(out, fake) and not out.requires_grad
+    assert len(buffer.pictures) == 20 and not any(p.requires_grad for p in buffer.pictures)
+    past = 0
+    for i in range(20, 420):
+        out = buffer.swap(torch.full((1, 3, 2, 2), float(i)))
+        past += out[0, 0, 0, 0].item() != i
+        assert len(buffer.pictures) == 20
+    assert 160 < past < 240
+    other = cyclegan.Buffer(20)
+    other.load_state_dict(buffer.state_dict())
+    assert torch.equal(torch.stack(other.pictures), torch.stack(buffer.pictures))
+    none = cyclegan.Buffer(0)
+    assert torch.equal(none.swap(fake), fake) and not none.pictures
+
+
+def test_cyclegan_schedule():
+    values = [cyclegan.schedule(x) for x in (0, 0.25, 0.5, 0.75, 1)]
+    assert values == [1, 1, 1, 0.5, 0]
+
+
+# ==== Photographs =================================================================================
+
+
+def photograph(shape=(30, 40), mode="RGB", kind="PNG", shade=120):
+    """An image file of this size (height, width), as bytes."""
+    from PIL import Image
+    picture, memory = Image.new(mode, shape[::-1], shade if mode == "L" else None), io.BytesIO()
+    if mode != "L":
+        picture.paste((shade, 10, 200, 0)[:len(picture.getbands())], (0, 0, *shape[::-1]))
+    picture.save(memory, kind)
+    return memory.getvalue()
+
+
+def test_photographs_are_read(tmp_path, capsys):
+    """From a folder and from a .zip; grey, CMYK and transparent ones are RGB like the others."""
+    kinds = {"a/1.png": photograph(), "a/2.jpg": photograph(mode="CMYK", kind="JPEG"),
+             "b/c/3.PNG": photograph(mode="L"), "b/4.png": photograph(mode="RGBA"),
+             "b/5.jpg": photograph()[:60], "b/6.txt": b"no picture", ".hidden/7.png": photograph(),
+             "__MACOSX/._1.png": b"", "../8.png": photograph((9, 12))}
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name, content in kinds.items():
+            archive.writestr(name, content)
+            if not name.startswith(".."):
+                path = tmp_path / "all" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    names = ["a/1.png", "a/2.jpg", "b/4.png", "b/5.jpg", "b/c/3.PNG"]
+    for path in (tmp_path / "all", tmp_path / "all.zip"):
+        files = cyclegan.picture_files(path)
+        assert [name for name in files if not name.startswith(".")] == names
+        pictures = cyclegan.read_pictures([(name, files[name]) for name in names], 16)
+        assert pictures.shape == (4, 3, 16, 16) and pictures.dtype == torch.uint8
+        assert (pictures[0] == torch.tensor([120, 10, 200])[:, None, None]).all()
+        assert (pictures[3] == 120).all()
+        assert "left out 1 of 5: " in capsys.readouterr().err
+    assert cyclegan.read_picture("1", files["a/1.png"]).shape == (3, 30, 40)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_middle_square_is_taken():
+    from PIL import Image
+    wide, memory = Image.new("RGB", (60, 20)), io.BytesIO()
+    wide.paste((255, 0, 0), (20, 0, 40, 20))
+    wide.save(memory, "PNG")
+    assert (cyclegan.read_picture("wide", memory.getvalue, 20)[0] == 255).all()
+
+
+def bomb():
+    """A .zip whose one member claims to unpack to a gigabyte."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        archive.writestr("trainA/1.png", photograph())
+    raw = bytearray(memory.getvalue())
+    at = raw.index(b"PK\x01\x02")
+    raw[at + 24:at + 28] = struct.pack("<I", 1 << 30)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("content, needle", [
+    (b"no zip", "neither a folder"), (bomb, "256 MiB"), (None, "neither a folder")])
+def test_bad_archives(tmp_path, content, needle):
+    path = tmp_path / "bad.zip"
+    if content:
+        path.write_bytes(content() if callable(content) else content)
+    with pytest.raises(cyclegan.UserError, match=needle):
+        cyclegan.read_pictures(list(cyclegan.picture_files(path).items()), 16)
+
+
+def test_without_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(cyclegan.UserError, match="pip install pillow"):
+        cyclegan.read_pictures([("1.png", photograph)], 16)
+
+
+# ==== cyclegan.py as its users run it =============================================================
+
+
+def cycle_words(out, **settings):
+    settings = {"out": out, "steps": 45, "width": 4, "blocks": 1, "image_size": 32, "buffer": 3,
+                "test_images": 5} | settings
+    return [word for name, value in settings.items() for word in (cyclegan.flag(name), str(value))]
+
+
+@pytest.fixture(scope="session")
+def piles(tmp_path_factory):
+    """Four small piles of photographs in a .zip, of different size."""
+    path = tmp_path_factory.mktemp("piles") / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for pile, count in (("trainA", 7), ("trainB", 9), ("testA", 3), ("testB", 4)):
+            for i in range(count):
+                archive.writestr(f"set/{pile}/{i}.png", photograph((40, 36), shade=20 * i))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cycled(piles, tmp_path_factory):
+    """One unbroken run of cyclegan.py, which several tests look at and none may change."""
+    out = tmp_path_factory.mktemp("cycled")
+    assert cyclegan.main(cycle_words(out, data=piles)) == 0
+    return out
+
+
+def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
+    names = {"checkpoint.pt", "metrics.csv", "translations.png", "training.png"}
+    assert {p.name for p in cycled.iterdir()} == names
+    assert 0 <= float(rows_of(cycled)[-1]["test_cycle_B"]) <= 255
+    model, state = cyclegan.load(cycled / "checkpoint.pt"), weights(cycled)
+    assert not model.training and len(state["past_a"]["pictures"]) == 3
+    folder, out = tmp_path / "photos", copy_of(cycled, tmp_path)
+    folder.mkdir()
+    for name, shape in (("1.png", (17, 40)), ("1.jpg", (33, 18)), ("2.png", (16, 16))):
+        (folder / name).write_bytes(photograph(shape, kind="JPEG" if "j" in name else "PNG"))
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    assert cyclegan.main(["--out", str(out), "--translate", str(folder), "--to", "A"]) == 0
+    made = {p.name: p.read_bytes() for p in (out / "translated").iterdir()}
+    assert sorted(made) == ["1.jpg.png", "1.png.png", "2.png"]
+    sizes = [struct.unpack(">2I", made[name][16:24]) for name in sorted(made)]
+    assert sizes == [(18, 33), (40, 17), (16, 16)]
+    assert before == {p: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_cyclegan_killed_and_started_again(cycled, piles, tmp_path):
+    out = tmp_path / "o"
+    words = cycle_words(out, data=piles)
+    kill_and_start_again("cyclegan", "translators_turn", words, out, cycled)
+    for pile in ("past_a", "past_b"):  # the past travels, each in its own pile
+        ours, whole = weights(out)[pile]["pictures"], weights(cycled)[pile]["pictures"]
+        assert len(ours) == 3 and all(map(torch.equal, ours, whole))
+
+
+def test_cyclegan_on_drawn_animals_and_on_two_folders(tmp_path):
+    assert cyclegan.main(cycle_words(tmp_path / "o", steps=2)) == 0
+    last = rows_of(tmp_path / "o")[-1]
+    assert float(last["test_copy_coat_B"]) > 30 > 3 > float(last["test_copy_beside_B"])
+    for pile in "ab":
+        (tmp_path / pile).mkdir()
+        for i in range(11):
+            (tmp_path / pile / f"{i:02}.png").write_bytes(photograph(shade=i))
+    config = cyclegan.Config(data=f"{tmp_path / 'a'},{tmp_path / 'b'}", image_size=16)
+    assert [len(pile) for pile in cyclegan.load_piles(config)[:4]] == [10, 10, 1, 1]
+
+
+@pytest.mark.parametrize("words, needle", [
+    (["--image-size", "30"], "--image-size"), (["--data", "no", "--restart"], "horse2zebra"),
+    (["--cycle-weight", "3"], "--restart"), (["--translate", "nowhere"], "nowhere"),
+    (["--data", "."], "--restart")])
+def test_cyclegan_refuses_in_one_line(cycled, piles, tmp_path, capsys, words, needle):
+    out = copy_of(cycled, tmp_path)
+    assert cyclegan.main([*cycle_words(out, data=piles), *words]) == 2
+    one_line(capsys, needle, script="cyclegan")

@@ -434,7 +434,7 @@ JUDGING = ("draws", "test_images")
 
 # ---- block: runs (the same in every file) ----
 # Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
-import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zlib
+import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zipfile, zlib
 import http.client, urllib.request
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -590,7 +590,7 @@ def write_file(path, content):
 
 def download(urls, path, digest):
     """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
-    of its content, unpacked if it is a .gz."""
+    of its content, unpacked if it is a .gz, or "zip", where no more is known than that."""
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
@@ -599,10 +599,12 @@ def download(urls, path, digest):
                     content = b"".join(iter(lambda: body.read(1 << 16), b""))
             unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
             md5 = hashlib.md5(content, usedforsecurity=False)
-            if digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
+            whole = digest == "zip" and not zipfile.ZipFile(io.BytesIO(content)).testzip()
+            if whole or digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
                 return write_file(path, content)
             trouble = f"{url}: wrong checksum"
-        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
+        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error,
+                zipfile.BadZipFile) as error:
             trouble = f"{url}: {error}"
     fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
 
@@ -759,7 +761,8 @@ class Run:
 
 
 # ---- block: pictures (the same in every file) ----
-# PNG and animated PNG, written with zlib alone. Needs the block runs.
+# PNG and animated PNG, written with zlib alone; photographs, read with Pillow. Needs the block
+# runs.
 import struct
 
 
@@ -797,6 +800,71 @@ def png(still, frames=(), milliseconds=100):
         parts.append(chunk(b"fcTL", control))
         parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame)))
     return b"".join(parts) + chunk(b"IEND", b"")
+
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def picture_files(path):
+    """The pictures below a folder or in a .zip, by name, in order: {"trainA/1.jpg": read, ...},
+    where read() gives the file's bytes. A .zip is read in memory and never unpacked to disk."""
+    path = Path(path)
+
+    def member(archive, info):
+        def read():
+            if info.file_size > 1 << 28:
+                raise ValueError("it would unpack to more than 256 MiB")
+            return archive.read(info)
+        return read
+
+    try:
+        if path.is_dir():
+            found = {p.relative_to(path).as_posix(): p.read_bytes for p in path.rglob("*")}
+        else:
+            archive = zipfile.ZipFile(path)
+            found = {info.filename: member(archive, info) for info in archive.infolist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        fail(f"{path} is neither a folder nor a whole .zip: {error}")
+    return {name: found[name] for name in sorted(found) if name.lower().endswith(ENDINGS)
+            and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
+
+
+def read_picture(name, read, size=None):
+    """One picture -> bytes (3, H, W), RGB whatever the file holds; with ``size``, its middle
+    square, scaled to (3, size, size). UserError if it cannot be read."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        fail("photographs need one more package: pip install pillow")
+    try:
+        with Image.open(io.BytesIO(read())) as picture:
+            if picture.width * picture.height > 1 << 26:
+                raise ValueError("it has more than 64 million pixels")
+            picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            if size:
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+            rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+    except Exception as error:  # Pillow and zipfile raise a dozen kinds of error on junk
+        fail(f"cannot read {name}: {error}")
+
+
+def read_pictures(files, size):
+    """(name, read) pairs -> bytes (N, 3, size, size). What cannot be read is left out, with a word
+    about it; UserError where nothing is left."""
+    pictures, troubles = [], []
+    for name, read in tqdm(files, desc="reading", leave=False, delay=1, disable=not leading()):
+        try:
+            pictures.append(read_picture(name, read, size))
+        except UserError as error:
+            troubles.append(str(error))
+    if troubles and (not pictures or "pip install" in troubles[0]):
+        fail(troubles[0])
+    if troubles and leading():
+        print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
+              file=sys.stderr)
+    return torch.stack(pictures)
 # ---- end block ----
 
 

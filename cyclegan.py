@@ -1,0 +1,1013 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "tqdm>=4.66", "pillow>=10"]
+# ///
+# SPDX-License-Identifier: MIT
+"""The cycle: horses into zebras, and zebras into horses, without one matched pair.
+
+    a horse ---> G_AB ---> as a zebra ---> G_BA ---> the same horse again
+                               |
+                               +--> D_B: a real zebra?        and all of it with A and B swapped
+
+Nobody has photographs of one horse in both coats. But a pile of horses and a pile of zebras will
+do: a translator from A to B has to please a detective who knows the pile B (gan.py), and a second
+translator, back to A, has to find the original again in the translation. The detective sees to it
+that it looks like a zebra, the way back that it is still this horse.
+
+    python cyclegan.py                                     on animals that this script draws itself
+    python cyclegan.py --translate photos/ --to A          once trained: each picture of a folder
+    python cyclegan.py --data horse2zebra                  the paper's photographs (downloaded once)
+    python cyclegan.py --data horses/,zebras/              your own two piles, or a .zip of four
+    python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --out out/gpu
+
+Look into out/cyclegan: translations.png (a row each: A, as B, back as A; B, as A, back as B),
+training.png (an animation: the same test pictures from the first step to the last), metrics.csv,
+checkpoint.pt, and what --translate made in translated/. The same command again goes on where it
+stopped, with the settings of the checkpoint where none are given.
+
+Papers: Zhu, Park, Isola, Efros 2017 (arXiv:1703.10593), the cycle; Mao et al. 2016
+(arXiv:1611.04076), squares for the detective; Isola et al. 2016 (arXiv:1611.07004), the detective
+of patches; Johnson et al. 2016 (arXiv:1603.08155), the translator's network; Shrivastava et al.
+2016 (arXiv:1612.07828), the buffer of past fakes.
+"""
+import math
+import sys
+import warnings
+from collections import namedtuple
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+# What is used here and defined nowhere above stands in the plumbing, at the end.
+with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+
+def knob(default, about, *within):
+    """A setting: its default, its meaning, and its choices or its lowest and highest value."""
+    return field(default=default, metadata={"about": about, "within": within})
+
+
+@dataclass
+class Config:
+    """Every setting, model first; the command line is made from it."""
+    width: int = knob(16, "channels of the finest layers", 4, 512)
+    blocks: int = knob(4, "residual blocks in the middle of a translator", 0, 64)
+    image_size: int = knob(64, "height and width in training; a multiple of 4", 16, 1024)
+    cycle_weight: float = knob(10.0, "how much finding the way back counts", 0, 1e4)
+    identity_weight: float = knob(5.0, "how much leaving its own kind alone counts", 0, 1e4)
+    buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
+    steps: int = knob(4000, "steps in all, each an update of all four", 1, 10**8)
+    batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
+    learning_rate: float = knob(1e-3, "for the first half; then down to 0", 0, 1)
+    translate: str = knob("", "once trained: translate the pictures of this folder or .zip")
+    to: str = knob("B", "what --translate translates to", "A", "B")
+    test_images: int = knob(100, "held-out pictures of each pile to judge on", 1, 10**5)
+    samples: int = knob(6, "rows in translations.png", 1, 100)
+    data: str = knob("animals", "animals (drawn here), horse2zebra and the like, a folder or .zip "
+                     "with trainA trainB testA testB, or FOLDER_A,FOLDER_B")
+    data_dir: str = knob("data", "where downloads are kept")
+    seed: int = knob(0, "of the run", 0, 2**31)
+    device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
+    out: str = knob("", "folder of the results; out/cyclegan, and the data if unusual")
+    restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
+
+    def __post_init__(self):
+        check_config(self)
+        if self.image_size % 4:
+            fail(f"--image-size {self.image_size} must be a multiple of 4")
+
+
+SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", "cezanne2photo",
+        "ukiyoe2photo", "vangogh2photo", "maps", "cityscapes", "facades", "iphone2dslr_flower")
+
+
+# ==== 1. Two piles ================================================================================
+# B is the batch, H and W are a picture's height and width. In memory pictures are bytes.
+
+
+def draw_animals(count, seed, stripes, size=64):
+    """Horses, or the very same animals as zebras -> bytes (N, 3, size, size), and a mask (N, 1,
+    size, size), 0 to 1: where the coat is. Equal seeds give equal animals.
+
+    An animal is a set of limbs, each a line with a thickness, in coordinates of its own body (u to
+    the head, v up), so that stripes follow the body wherever it stands.
+    """
+    parts = [_draw(min(100, count - first), (seed, first), stripes, size)
+             for first in range(0, max(1, count), 100)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _draw(n, seed, stripes, size):
+    g = seeded(seed, "animals")
+
+    def between(low, high, *shape):
+        return (low + (high - low) * torch.rand(n, *shape, generator=g))[..., None, None]
+
+    axis = (torch.arange(2 * size) + 0.5) / size - 1                 # drawn at twice the size
+    y, x = torch.meshgrid(-axis, axis, indexing="ij")                # y up, both -1 to 1
+    scale, left, low = between(0.42, 0.62), between(-0.15, 0.15), between(-0.15, 0.1)
+    facing, lean = torch.sign(between(-1, 1)), between(-0.1, 0.1)
+    u, v = (x - left) * facing / scale, (y - low) / scale
+    u, v = lean.cos() * u + lean.sin() * v, lean.cos() * v - lean.sin() * u       # (n, 2H, 2W)
+
+    # Sky and ground, with clouds and grass of chance.
+    cloud = torch.rand(n, 1, size // 4, size // 4, generator=g) - 0.5
+    cloud = F.interpolate(cloud, u.shape[1:], mode="bicubic", align_corners=False)
+    grain = 0.08 * (torch.rand(n, 1, *u.shape[1:], generator=g) - 0.5)
+    sky = between(0, 1, 3) * torch.tensor([0.3, 0.25, 0.2])[:, None, None]
+    sky = sky + torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
+    ground = between(0, 1, 3) * torch.tensor([0.4, 0.25, 0.25])[:, None, None]
+    ground = ground + torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud + grain
+    hill = between(-0.3, 0.25) + 0.06 * torch.sin(3 * x + between(0, 6.28))
+    picture = sky.lerp(ground, ((hill - y) / 0.04 + 0.5).clamp(0, 1)[:, None])
+    mask = torch.zeros(n, 1, *u.shape[1:])
+
+    # Coats: from chestnut over brown to grey; a zebra's light stripes are tinted by it.
+    coat = between(0.3, 1.0, 1) * torch.tensor([0.75, 0.45, 0.25])[:, None, None]
+    coat = coat.lerp(coat.mean(1, keepdim=True), between(0, 0.8, 1))             # (n, 3, 1, 1)
+    light, dark = 0.35 * coat + 0.62, torch.full_like(coat, 0.06)
+
+    def limb(start, end, thick, thin):
+        """Distance from the limb's surface, and the place along it, each (n, 2H, 2W)."""
+        (a, b), (c, d) = start, end
+        length = ((c - a) ** 2 + (d - b) ** 2) ** 0.5
+        along = ((u - a) * (c - a) + (v - b) * (d - b)) / length
+        t = (along / length).clamp(0, 1)
+        away = ((u - a - t * (c - a)) ** 2 + (v - b - t * (d - b)) ** 2) ** 0.5
+        return away - thick - (thin - thick) * t, along
+
+    def paint(distance, colour, is_coat=True):
+        nonlocal picture, mask
+        cover = (0.5 - distance * scale * size / 1.5).clamp(0, 1)[:, None]
+        picture, mask = picture.lerp(colour, cover), mask.lerp(torch.tensor(float(is_coat)), cover)
+
+    def fur(along, shade=1.0, every=0.24):
+        if not stripes:
+            return coat * shade + torch.zeros_like(picture)
+        wave = (0.5 + 2.2 * torch.sin(2 * math.pi / every * along)).clamp(0, 1)[:, None]
+        return dark.lerp(light, wave) * shade
+
+    hair = dark if stripes else 0.3 * coat
+    neck = between(0.45, 0.95)
+    neck_u, neck_v = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
+    nose_u, nose_v = neck_u + between(0.29, 0.34), neck_v - between(0.11, 0.29)
+    light_from_above = 1 + 0.18 * (v / 0.3).clamp(-1.5, 1)[:, None]
+    for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, tail, two near legs
+        shade, swing = (0.7, 0.7, 0.95, 0.95)[i], between(-0.16, 0.16)
+        if i == 2:
+            paint(limb((-0.74, 0.1), (-0.86 - between(-0.1, 0.25), -0.38), 0.05, 0.07)[0], hair)
+        for start, end, thick, thin in (((hip, -0.12), (hip + swing, -0.55), 0.12, 0.07),
+                                        ((hip + swing, -0.55), (hip + 1.3 * swing, -0.95),
+                                         0.065, 0.05)):
+            distance, along = limb(start, end, thick, thin)
+            paint(distance, fur(along, shade, 0.18))
+    paint(limb((0.42, 0.3), (neck_u - 0.08, neck_v + 0.08), 0.06, 0.07)[0], hair)    # the mane
+    ear = limb((neck_u - 0.02, neck_v + 0.08), (neck_u - 0.06, neck_v + 0.24), 0.05, 0.015)
+    for distance, along in (ear, limb((0.5, 0.08), (neck_u, neck_v), 0.2, 0.11)):
+        paint(distance, fur(along, light_from_above))
+    distance, along = limb((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26)                    # the body
+    paint(distance, fur(along + 0.25 * v, light_from_above))
+    distance, along = limb((neck_u, neck_v), (nose_u, nose_v), 0.12, 0.075)          # the head
+    paint(distance, fur(along, light_from_above, 0.18))
+    paint(limb((nose_u, nose_v), (nose_u + 0.01, nose_v), 0.075, 0.075)[0], 0.35 * coat)
+    paint(limb((neck_u + 0.1, neck_v), (neck_u + 0.11, neck_v), 0.03, 0.03)[0], dark, False)
+    picture, mask = F.avg_pool2d(picture.clamp(0, 1), 2), F.avg_pool2d(mask, 2)
+    return (picture * 255).round().byte(), mask
+
+
+PILES = ("trainA", "trainB", "testA", "testB")
+
+# What is known of two piles: pictures to train on and to judge on, bytes (N, 3, H, W) each. For the
+# drawn animals also the truth: the test animals in the other coat, and where the coat is.
+Piles = namedtuple("Piles", "train_a train_b test_a test_b truth", defaults=(None,))
+
+
+def load_piles(config, training=True):
+    """The piles that ``config.data`` names -> Piles, without training only those of the test.
+    UserError if there are none."""
+    count, size = config.test_images, config.image_size
+    if config.data == "animals":  # no animal stands in two piles
+        train = [draw_animals(500 * training, pile, pile[-1] == "B", size)[0] for pile in PILES[:2]]
+        (a, mask_a), (b, mask_b) = draw_animals(count, "A", False, size), draw_animals(
+            count, "B", True, size)
+        truth = {"B": (draw_animals(count, "A", True, size)[0], mask_a),
+                 "A": (draw_animals(count, "B", False, size)[0], mask_b)}
+        return Piles(*train, a, b, truth)
+    folders = [Path(part) for part in config.data.split(",")]
+    if len(folders) == 2:  # a tenth of each is held out, every tenth by name
+        piles = [list(picture_files(folder).items()) for folder in folders]
+        files = [[f for i, f in enumerate(pile) if (i % 10 == 9) == held_out]
+                 for held_out in (False, True) for pile in piles]
+    else:
+        path = folders[0]
+        if not path.exists():
+            path = download_set(config.data, config.data_dir)
+        found = picture_files(path).items()
+        files = [[(name, read) for name, read in found if kind in name.split("/")[:-1]]
+                 for kind in PILES]
+    for kind, pile in zip(PILES, files, strict=True):
+        if not pile:
+            fail(f"{config.data}: no pictures for {kind}: it takes a folder or .zip with trainA, "
+                 "trainB, testA and testB, or two folders with a comma between them")
+    larger = math.ceil(size * 286 / 256)  # from which training crops, as in the paper
+    train = [read_pictures(pile[:None if training else 1], larger) for pile in files[:2]]
+    return Piles(*train, *(read_pictures(pile[:count], size) for pile in files[2:]))
+
+
+def download_set(name, data_dir):
+    """One of the sets that the paper's authors publish -> its .zip, downloaded once."""
+    if name not in SETS:
+        fail(f"--data {name}: no such folder or .zip, and none of {', '.join(SETS)}")
+    path = Path(data_dir, f"{name}.zip")
+    if not path.exists():
+        download([f"https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip"], path, "zip")
+    return path
+
+
+def batch_of(pile, rows, size):
+    """Rows of a pile, each cropped and flipped by chance -> floats (B, 3, size, size), -1 to 1."""
+    slack, pictures = pile.shape[2] - size, []
+    for picture in pile[rows]:
+        top, left, flip = torch.randint(slack + 1, (2,)).tolist() + [torch.rand(()) < 0.5]
+        picture = picture[:, top:top + size, left:left + size]
+        pictures.append(picture.flip(2) if flip else picture)
+    return torch.stack(pictures).float() / 127.5 - 1
+
+
+# ==== 2. The networks =============================================================================
+
+
+def norm(channels):
+    """Instance norm (Ulyanov et al. 2016, arXiv:1607.08022), each channel of each picture alone:
+    contrast is left for the translation to choose, and no picture depends on its neighbours."""
+    return nn.GroupNorm(channels, channels)
+
+
+def conv(inside, outside, kernel, stride=1):
+    """A convolution with reflected borders: zeros would be seen as a frame."""
+    return nn.Conv2d(inside, outside, kernel, stride, kernel // 2, padding_mode="reflect")
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions whose result is added: (B, c, h, w) -> the same shape."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(conv(width, width, 3), norm(width), nn.ReLU(),
+                                    conv(width, width, 3), norm(width))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class Generator(nn.Module):
+    """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W divisible by 4.
+
+    Down by strides of 2 to a quarter of the size, where a convolution sees far and costs little;
+    residual blocks there; and up again. The way up repeats each pixel and then convolves: a
+    transposed convolution would hit some pixels more often than others, which shows as a
+    checkerboard (Odena, Dumoulin, Olah 2016, distill.pub/2016/deconv-checkerboard).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        w = config.width
+        self.layers = nn.Sequential(
+            conv(3, w, 7), norm(w), nn.ReLU(),                                 # (B, w, H, W)
+            conv(w, 2 * w, 3, stride=2), norm(2 * w), nn.ReLU(),               # H/2
+            conv(2 * w, 4 * w, 3, stride=2), norm(4 * w), nn.ReLU(),           # H/4
+            *[ResidualBlock(4 * w) for _ in range(config.blocks)],
+            nn.Upsample(scale_factor=2), conv(4 * w, 2 * w, 3), norm(2 * w), nn.ReLU(),
+            nn.Upsample(scale_factor=2), conv(2 * w, w, 3), norm(w), nn.ReLU(),
+            conv(w, 3, 7), nn.Tanh())
+
+    def forward(self, x):
+        return self.layers(x.contiguous(memory_format=torch.channels_last))
+
+
+class Discriminator(nn.Module):
+    """The detective: pictures (B, 3, H, W) -> a map of verdicts (B, 1, h, w), 1 real, 0 fake.
+
+    Each verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and
+    what the animal is doing is the cycle's business. Why 70: a verdict sees r = 1 pixel of the
+    map, and below a convolution with kernel 4 and stride s it sees s (r - 1) + 4. From the last
+    convolution to the first, with strides 1, 1, 2, 2, 2: 1 -> 4 -> 7 -> 16 -> 34 -> 70.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        w = config.width
+        layers, before = [nn.Conv2d(3, w, 4, 2, 1), nn.LeakyReLU(0.2)], w
+        for width, stride in ((2 * w, 2), (4 * w, 2), (8 * w, 1)):
+            layers += [nn.Conv2d(before, width, 4, stride, 1), norm(width), nn.LeakyReLU(0.2)]
+            before = width
+        self.layers = nn.Sequential(*layers, nn.Conv2d(before, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.layers(x.contiguous(memory_format=torch.channels_last))
+
+
+# ==== 3. What they want ===========================================================================
+
+
+def verdict_loss(verdicts, wanted):
+    """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With logs
+    instead, a fake that is clearly on the wrong side hardly teaches any more; squares pull on
+    every fake until it is where real ones are. Zhu et al. (section 4) found them more stable."""
+    return (verdicts - wanted).square().mean()
+
+
+def cycle_loss(back, original):
+    """L1: absolute differences, averaged. With squares, half of each of two colours is cheaper than
+    a sharp edge in a place that may be wrong; with L1 it is not, and edges stay sharp."""
+    return (back - original).abs().mean()
+
+
+class Buffer:
+    """Past fakes. A detective who sees but the latest ones forgets the older tricks, and the two
+    may go in circles. She gets, with equal chance, a fresh one or one from the past, which the
+    fresh one replaces (Shrivastava et al. 2016, section 2.3; Zhu et al. 2017, section 4)."""
+
+    def __init__(self, size):
+        self.size, self.pictures = size, []
+
+    def swap(self, fakes):
+        """Fakes (B, 3, H, W) -> as many, fresh or past, that have forgotten how they were made."""
+        given = []
+        for fake in fakes.detach():
+            if len(self.pictures) < self.size:
+                self.pictures.append(fake.clone())
+            elif self.size and torch.rand(()) < 0.5:
+                i = int(torch.randint(self.size, ()))
+                fake, self.pictures[i] = self.pictures[i], fake.clone()
+            given.append(fake)
+        return torch.stack(given)
+
+    def state_dict(self):
+        return {"pictures": self.pictures}
+
+    def load_state_dict(self, state):
+        self.pictures = state["pictures"]
+
+
+class Translators(nn.Module):
+    """What a trained model is: to_b turns A into B, to_a turns B into A."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.to_b, self.to_a = Generator(config), Generator(config)
+
+
+def translators_turn(G, D, optimizer, a, b, config):
+    """One step of both translators on real pictures a and b, (B, 3, H, W) each -> the two fakes,
+    and its figures. What goes through one network goes through it in one batch."""
+    D.requires_grad_(False)
+    as_b, same_b = G.to_b(torch.cat([a, b])).chunk(2)
+    as_a, same_a = G.to_a(torch.cat([b, a])).chunk(2)
+    fool = verdict_loss(D["b"](as_b), 1) + verdict_loss(D["a"](as_a), 1)
+    cycle = cycle_loss(G.to_a(as_b), a) + cycle_loss(G.to_b(as_a), b)
+    same = cycle_loss(same_b, b) + cycle_loss(same_a, a)
+    loss = fool + config.cycle_weight * cycle + config.identity_weight * same
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return as_a, as_b, {"fool": fool, "cycle": cycle, "identity": same}
+
+
+def detectives_turn(D, optimizer, real, fakes):
+    """One step of both detectives; ``real`` and ``fakes`` are pairs (of A, of B)."""
+    D.requires_grad_(True)
+    loss = 0
+    for name, x, fake in zip("ab", real, fakes, strict=True):
+        of_real, of_fake = D[name](torch.cat([x, fake])).chunk(2)
+        loss = loss + (verdict_loss(of_real, 1) + verdict_loss(of_fake, 0)) / 2
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"detectives": loss}
+
+
+# ==== 4. Training =================================================================================
+
+
+def schedule(progress):
+    """Share of the full learning rate: all of it in the first half, then linearly down to 0."""
+    return min(1.0, 2 * (1 - progress))
+
+
+def begin(net):
+    """Weights from N(0, 0.02), as in the paper (section 7.1 there)."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+    return net
+
+
+def train(config):
+    """Train what is left to train, judge, draw, all into ``config.out`` -> the Translators, in eval
+    mode.
+
+    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
+    KeyboardInterrupt (it was stopped; the same call goes on).
+    """
+    files = picture_files(config.translate) if config.translate else {}
+    if config.translate and not files:
+        fail(f"--translate {config.translate}: no pictures there")
+    device = pick_device(config.device)
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    G = begin(Translators(config)).to(device, memory_format=torch.channels_last)
+    D = begin(nn.ModuleDict({side: Discriminator(config) for side in "ab"}))
+    D = D.to(device, memory_format=torch.channels_last)
+    past, film = {"a": Buffer(config.buffer), "b": Buffer(config.buffer)}, Film()
+    optimizer_g, optimizer_d = (torch.optim.Adam(net.parameters(), betas=(0.5, 0.999), fused=True)
+                                for net in (G, D))
+    run = Run(config, model=G, discriminators=D, optimizer_g=optimizer_g, optimizer_d=optimizer_d,
+              past_a=past["a"], past_b=past["b"], film=film)
+    piles = load_piles(config, training=not run.finished)
+    test = [pile.float() / 255 for pile in piles[2:4]]
+    if not run.finished:
+        run.same_data(*piles[:4])
+    for step in run.steps():
+        if step * 20 // config.steps > (step - 1) * 20 // config.steps:
+            film.take(G, test)
+        for optimizer in (optimizer_g, optimizer_d):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
+        rows = run.batch_rows(len(piles.train_a))  # and for each of them a partner of chance
+        partners = torch.randint(len(piles.train_b), rows.shape)
+        a, b = (batch_of(pile, some, config.image_size).to(device)
+                for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
+        as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
+        run.log(**figures)
+        fakes = past["a"].swap(as_a), past["b"].swap(as_b)
+        run.log(**detectives_turn(D, optimizer_d, (a, b), fakes))
+        if run.due(5):  # now and then, to see how it comes on
+            draw_translations(run, G, test)
+    if not run.finished:
+        draw_training(run, G, film, test)
+        run.finish(judge(G, piles))
+    draw_translations(run, G, test)
+    translate_all(run, G, files)
+    run.report()
+    return G.eval()
+
+
+class Film:
+    """Test pictures and their translations, made now and then in training, both ways."""
+    def __init__(self):
+        self.frames = []
+
+    def state_dict(self):
+        return {"frames": self.frames}
+
+    def load_state_dict(self, state):
+        self.frames = state["frames"]
+
+    def take(self, model, test):
+        rows = [torch.cat([x[:4], translate(model, x[:4], to)])
+                for x, to in zip(test, "BA", strict=True)]
+        self.frames.append((torch.cat(rows).cpu() * 255).round().byte())
+
+
+# ==== 5. Translating ==============================================================================
+
+
+def translate(model, images, to="B"):
+    """Pictures (B, 3, H, W) in [0, 1], H and W from 16 on -> their translations, likewise.
+
+    Sizes that 4 does not divide are continued at the right and below by reflection, and cut again.
+    """
+    device, (height, width) = next(model.parameters()).device, images.shape[2:]
+    generator = model.to_b if to == "B" else model.to_a
+    with evaluating(model):
+        parts = []
+        for some in images.split(20):
+            x = F.pad(some.to(device) * 2 - 1, (0, -width % 4, 0, -height % 4), mode="reflect")
+            parts.append(generator(x)[:, :, :height, :width])
+    return torch.cat(parts) / 2 + 0.5
+
+
+def load(path, device="cpu"):
+    """The Translators of a checkpoint, in eval mode. UserError if it is none of cyclegan.py's."""
+    state = read_checkpoint(path)
+    model = Translators(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def translate_all(run, model, files):
+    """--translate FOLDER: each picture in it, whatever its size and shape, into translated/, under
+    its own name, as a PNG. Names that differ in the ending alone keep it."""
+    stems = [Path(name).stem for name in files]
+    for name, read in files.items():
+        picture = read_picture(name, read)
+        if min(picture.shape[1:]) < 16:
+            fail(f"{name} is smaller than 16 pixels")
+        image = translate(model, picture[None] / 255, run.config.to)[0]
+        image = (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        stem = Path(name).stem if stems.count(Path(name).stem) == 1 else Path(name).name
+        write_file(Path(run.config.out, "translated", f"{stem}.png"), png(image))
+
+
+# ==== 6. Judging, on pictures that were not trained on ============================================
+
+
+def judge(model, piles):
+    """Mean absolute error of finding the way back, 0 to 255, both ways; for the drawn animals also
+    the error against the truth, on the coat and beside it, and that of copying the input."""
+    figures = {}
+    for to, x in (("B", piles.test_a), ("A", piles.test_b)):
+        x = x[:model.config.test_images].float()
+        made = translate(model, x / 255, to).cpu()
+        back = translate(model, made, "A" if to == "B" else "B").cpu()
+        figures[f"cycle_{to}"] = (back * 255 - x).abs().mean().item()
+        if piles.truth:
+            truth, mask = piles.truth[to]
+            for what, guess in (("", made * 255), ("copy_", x)):
+                error = (guess - truth).abs().mean(1, keepdim=True)                # (N, 1, H, W)
+                coat, beside = ((error * m).sum() / m.sum() for m in (mask, 1 - mask))
+                mse = (guess - truth).square().mean((1, 2, 3))
+                figures |= {f"{what}coat_{to}": coat.item(), f"{what}beside_{to}": beside.item(),
+                            f"{what}psnr_{to}": (10 * (255 ** 2 / mse).log10()).mean().item()}
+    return {f"test_{name}": value for name, value in figures.items()}
+
+
+# ==== 7. Looking ==================================================================================
+
+
+def draw_translations(run, model, test):
+    """translations.png: a row each, A, as B, back as A; and, to the right, B, as A, back as B."""
+    rows = []
+    for x, to, fro in ((test[0], "B", "A"), (test[1], "A", "B")):
+        x = x[:run.config.samples]
+        made = translate(model, x, to).cpu()
+        rows += [x, made, translate(model, made, fro).cpu()]
+    n = min(map(len, rows))
+    sheet = torch.stack([part[:n] for part in rows], 1).flatten(0, 1)
+    run.write("translations.png", png(grid(sheet, 6)))
+
+
+def draw_training(run, model, film, test):
+    """training.png: the same test pictures from first step to last."""
+    film.take(model, test)
+    sheets = [grid(frame / 255, 4, 1) for frame in film.frames]
+    run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
+
+
+def main(argv=None):
+    """The command line, ``argv`` or the process's own -> exit status (see launch)."""
+    return launch(argv, train)
+
+
+# ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
+# What they ask of this file: its name in checkpoints and folders, the settings that may not change
+# once training has begun, and those on whose change a trained model is judged again.
+NAME = "cyclegan"
+FIXED = ("width", "blocks", "image_size", "cycle_weight", "identity_weight", "buffer", "data",
+         "batch_size", "seed")
+JUDGING = ("test_images",)
+
+
+# ---- block: runs (the same in every file) ----
+# Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
+import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zipfile, zlib
+import http.client, urllib.request
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the user can mend: on the command line one line on stderr and exit status 2."""
+
+
+def fail(message):
+    raise UserError(message)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config):
+    """Refuse a value out of range or of the wrong type, and give ``out`` its default."""
+    special = [NAME]
+    for f in fields(config):
+        value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
+        fits = type(value) is kind or (kind, type(value)) in ((float, int), (tuple, list))
+        if fits and within:
+            fits = value in within if kind is str else within[0] <= value <= within[1]
+        if not fits:
+            wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
+            fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name in ("kind", "generator", "data") and value != f.default:
+            special.append(Path(value).resolve().stem)
+    config.out = config.out or str(Path("out", "-".join(special)))
+
+
+def command_line(argv):
+    """Config from the flags that are given, then the checkpoint in ``--out``, then the defaults."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", None, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    for f in fields(Config):
+        how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        how = {"action": "append"} if f.default == () else how
+        default = "" if f.default in ("", ()) or f.default is False else f" (default {f.default})"
+        about = (f.metadata["about"] + default).replace("%", "%%")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
+    given = vars(parser.parse_args(argv))
+    out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
+    path = Path(out, "checkpoint.pt")
+    if path.exists() and not given.get("restart"):
+        given = read_checkpoint(path)["config"] | given | {"out": out}
+    return Config(**given)
+
+
+def launch(argv, job):
+    """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    try:
+        with on_signals(stop):
+            job(command_line(argv))
+        return 0
+    except KeyboardInterrupt as error:
+        status = 128 + (error.args or (signal.SIGINT,))[0]
+        words = "stopped; the same command, less any --restart, goes on"
+    except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
+    print(f"{NAME}.py:", *words.split(), file=sys.stderr)
+    return status
+
+
+@contextmanager
+def on_signals(handler):
+    """Inside, Ctrl-C and SIGTERM call ``handler``. Only the main thread may say so."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, no gradients and eval mode; afterwards the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    name = next(n for n in there if there[n]) if name == "auto" else name
+    return torch.device(name) if there[name] else fail(f"--device {name}: torch finds none here")
+
+
+def seed_of(*what):
+    """(seed, step), say -> 32 bits, all that torch's generator on a CPU takes."""
+    return zlib.crc32(repr(what).encode())
+
+
+def seeded(*what):
+    return torch.Generator().manual_seed(seed_of(*what))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
+
+
+def together():
+    """True where several processes train one model (block ranks)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def leading():
+    """True in the one process that writes and speaks."""
+    return not together() or torch.distributed.get_rank() == 0
+
+
+def to_bytes(tensor):
+    tensor = tensor.cpu().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def write_file(path, content):
+    """Write a file whole or not at all: beside it, flushed, then renamed over it."""
+    if not leading():
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def download(urls, path, digest):
+    """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
+    of its content, unpacked if it is a .gz, or "zip", where no more is known than that."""
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                size = int(reply.headers.get("Content-Length") or 0) or None
+                with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
+                    content = b"".join(iter(lambda: body.read(1 << 16), b""))
+            unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
+            md5 = hashlib.md5(content, usedforsecurity=False)
+            whole = digest == "zip" and not zipfile.ZipFile(io.BytesIO(content)).testzip()
+            if whole or digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
+                return write_file(path, content)
+            trouble = f"{url}: wrong checksum"
+        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error,
+                zipfile.BadZipFile) as error:
+            trouble = f"{url}: {error}"
+    fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
+
+
+def read_checkpoint(path):
+    """What Run.save wrote, on the CPU. UserError where ``path`` is anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = state["script"] == NAME and Config(**state["config"])
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except Exception:  # torch.load raises a dozen kinds of error on junk
+        ours = False
+    return state if ours else fail(f"{path} is not a checkpoint of this {NAME}.py: choose another "
+                                   "--out, or give --restart to throw it away")
+
+
+class Run:
+    """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
+    it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
+    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
+
+    def __init__(self, config, **saved):
+        self.config, self.saved, self.written = config, saved, {}
+        self.path = Path(config.out, "checkpoint.pt")
+        self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
+        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        if self.path.exists() and not config.restart:
+            state = read_checkpoint(self.path)
+            if state["step"]:  # else it has not begun, and nothing binds it
+                self.restore(state)
+
+    def restore(self, state):
+        begun, now = state["config"], asdict(self.config)
+        try:
+            vars(self).update({name: state[name] for name in self.kept})
+            self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
+            for name in FIXED:
+                if begun[name] != now[name] and not (name == "seed" and self.finished):
+                    self.refuse(f"began with {flag(name)} {begun[name]}")
+            for name, thing in self.saved.items():
+                thing.load_state_dict(state[name])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            self.refuse("does not fit this version of the script")
+
+    def refuse(self, why):
+        fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
+
+    @property
+    def finished(self):
+        """Trained and judged: only sampling is left."""
+        return self.judged and self.step >= self.config.steps
+
+    def same_data(self, *tensors):
+        """UserError if these are not the data with which the run began."""
+        crc = functools.reduce(lambda crc, tensor: zlib.crc32(to_bytes(tensor), crc), tensors, 0)
+        if self.data not in (None, crc):
+            self.refuse("began with other data")
+        self.data = crc
+
+    def batch_rows(self, count):
+        """Which of ``count`` rows make the batch: every epoch walks its own permutation of them."""
+        size = self.config.batch_size
+        first, last = self.step * size // count, ((self.step + 1) * size - 1) // count
+        order = [epoch_order(count, self.config.seed, epoch) for epoch in range(first, last + 1)]
+        return torch.cat(order)[self.step * size - first * count:][:size]
+
+    def steps(self):
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: a killed run
+        ends like one that was not, on one CPU. Saves every 30 s, when stopped, and at the end."""
+        total, stopped_by = self.config.steps, []
+
+        def stop(number, frame):
+            stopped_by.append(number)
+            if len(stopped_by) > 1:  # the second time, at once
+                raise KeyboardInterrupt(number)
+
+        if self.step >= total:
+            return
+        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME,
+                                    disable=not leading()) as bar:
+            self.judged = False
+            self.save()  # a folder that cannot be written is better known before the work
+            clock = last_save = time.perf_counter()
+            while self.step < total:
+                torch.manual_seed(seed_of(self.config.seed, self.step))
+                yield self.step
+                self.step += 1
+                bar.update()
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                if self.step % 20 == 0 or self.step == total:
+                    row = {n: round(sum(v) / len(v), 6) for n, v in self.sums.items()}
+                    self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)} | row)
+                    self.sums = {}
+                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in row.items()})
+                stop_now = self.agree(stopped_by[0] if stopped_by else 0)
+                if stop_now or self.step == total or now > last_save + 30:
+                    self.save()
+                    last_save = time.perf_counter()
+                if stop_now:
+                    raise KeyboardInterrupt(stop_now)
+
+    def due(self, times):
+        """True when another of ``times`` equal parts of the run is done, except for the last."""
+        part = self.config.steps / times
+        return self.step > 0 and self.step // part > (self.step - 1) // part
+
+    def log(self, **figures):
+        """For the bar and metrics.csv: means over 20 steps. When one is not finite,
+        FloatingPointError stops the run before this step is saved."""
+        for name, value in figures.items():
+            number = torch.as_tensor(value).item()
+            if not math.isfinite(number):
+                raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
+                                         f"--learning-rate; {self.path} keeps the last good state")
+            self.sums.setdefault(name, []).append(number)
+
+    def save(self):
+        """checkpoint.pt, and metrics.csv as of the same step."""
+        state = {name: getattr(self, name) for name in self.kept}
+        plain = {f.name: False for f in fields(self.config) if f.default is False}
+        state |= {"script": NAME, "config": asdict(self.config) | plain}  # such flags pass
+        state |= {name: thing.state_dict() for name, thing in self.saved.items()}
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        write_file(self.path, memory.getbuffer())
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        rows = [[str(row.get(name, "")) for name in names] for row in self.rows]
+        self.write("metrics.csv", "".join(",".join(row) + "\n" for row in [names, *rows]).encode())
+
+    def finish(self, figures):
+        """The held-out figures go into the last row: the run is trained and judged."""
+        if not self.rows or self.rows[-1]["step"] != self.step:  # stopped between two rows
+            self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)})
+        self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
+        self.judged = True
+        self.save()
+
+    def write(self, name, content):
+        write_file(self.path.with_name(name), content)
+        self.written[name] = str(self.path.with_name(name))
+
+    def report(self):
+        if not leading():
+            return
+        held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
+        print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
+              ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
+        if self.written:
+            print("wrote", ", ".join(self.written.values()))
+# ---- end block ----
+
+
+# ---- block: pictures (the same in every file) ----
+# PNG and animated PNG, written with zlib alone; photographs, read with Pillow. Needs the block
+# runs.
+import struct
+
+
+def grid(images, columns, scale=2):
+    """Pictures (N, C, H, W) in [0, 1] -> one sheet, bytes (height, width, C); any N fits."""
+    columns = min(columns, len(images))
+    images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
+    images = F.pad(images, (0, 1, 0, 1), value=64)                            # a thin grey line
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
+    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
+    sheet = sheet.flatten(2, 3).flatten(0, 1)
+    return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
+def png(still, frames=(), milliseconds=100):
+    """Bytes (H, W, 1 or 3) -> a PNG file. With frames of the same size it is an animation (APNG, in
+    PNG's third edition, W3C 2025), and ``still`` is what a viewer without animation shows."""
+    def chunk(kind, body):
+        check = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+
+    def pack(picture):  # a row is stored as its difference to the row above (filter 2)
+        rows = picture.flatten(1)
+        rows = torch.cat([rows[:1], rows[1:] - rows[:-1]])  # bytes, hence modulo 256
+        return zlib.compress(to_bytes(F.pad(rows, (1, 0), value=2)), 9)
+
+    height, width, channels = still.shape
+    header = struct.pack(">2I5B", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
+    if frames:
+        parts.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
+    parts.append(chunk(b"IDAT", pack(still)))
+    for i, frame in enumerate(frames):  # a control chunk and the pixels, numbered through
+        control = struct.pack(">5I2H2B", 2 * i, width, height, 0, 0, milliseconds, 1000, 0, 0)
+        parts.append(chunk(b"fcTL", control))
+        parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame)))
+    return b"".join(parts) + chunk(b"IEND", b"")
+
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def picture_files(path):
+    """The pictures below a folder or in a .zip, by name, in order: {"trainA/1.jpg": read, ...},
+    where read() gives the file's bytes. A .zip is read in memory and never unpacked to disk."""
+    path = Path(path)
+
+    def member(archive, info):
+        def read():
+            if info.file_size > 1 << 28:
+                raise ValueError("it would unpack to more than 256 MiB")
+            return archive.read(info)
+        return read
+
+    try:
+        if path.is_dir():
+            found = {p.relative_to(path).as_posix(): p.read_bytes for p in path.rglob("*")}
+        else:
+            archive = zipfile.ZipFile(path)
+            found = {info.filename: member(archive, info) for info in archive.infolist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        fail(f"{path} is neither a folder nor a whole .zip: {error}")
+    return {name: found[name] for name in sorted(found) if name.lower().endswith(ENDINGS)
+            and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
+
+
+def read_picture(name, read, size=None):
+    """One picture -> bytes (3, H, W), RGB whatever the file holds; with ``size``, its middle
+    square, scaled to (3, size, size). UserError if it cannot be read."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        fail("photographs need one more package: pip install pillow")
+    try:
+        with Image.open(io.BytesIO(read())) as picture:
+            if picture.width * picture.height > 1 << 26:
+                raise ValueError("it has more than 64 million pixels")
+            picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            if size:
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+            rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+    except Exception as error:  # Pillow and zipfile raise a dozen kinds of error on junk
+        fail(f"cannot read {name}: {error}")
+
+
+def read_pictures(files, size):
+    """(name, read) pairs -> bytes (N, 3, size, size). What cannot be read is left out, with a word
+    about it; UserError where nothing is left."""
+    pictures, troubles = [], []
+    for name, read in tqdm(files, desc="reading", leave=False, delay=1, disable=not leading()):
+        try:
+            pictures.append(read_picture(name, read, size))
+        except UserError as error:
+            troubles.append(str(error))
+    if troubles and (not pictures or "pip install" in troubles[0]):
+        fail(troubles[0])
+    if troubles and leading():
+        print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
+              file=sys.stderr)
+    return torch.stack(pictures)
+# ---- end block ----
+
+
+if __name__ == "__main__":
+    sys.exit(main())
