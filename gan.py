@@ -26,6 +26,9 @@ above the training picture nearest to it), metrics.csv, checkpoint.pt. The same 
 on where it stopped, with the settings of the checkpoint where none are given; on a finished model
 it only samples (--seed 1: other samples).
 
+On two cores the plain command trains for some 190 s. On MNIST 16,000 steps of dcgan take 570 s and
+reach fid 2.8, 10,000 of stylegan 370 s and 3.1 (README, with what fid means here).
+
 Papers: Goodfellow et al. 2014 (arXiv:1406.2661), the duel; Radford, Metz, Chintala 2015
 (arXiv:1511.06434), DCGAN; Karras, Laine, Aila 2018 (arXiv:1812.04948), StyleGAN; Karras et al. 2019
 (arXiv:1912.04958), StyleGAN2; Mescheder, Geiger, Nowozin 2018 (arXiv:1801.04406), the R1 penalty;
@@ -546,7 +549,8 @@ def judge(model, D, test):
     test = test[:model.config.test_images]
     real = scaled(test.to(model_device(model)))
     fake = sample(model, len(real), seed="judge") * 2 - 1
-    figures = duel_score(model, D, test) | {"two_samples": two_sample_accuracy(real, fake)}
+    two = two_sample_accuracy(real, fake, min(300, len(real)))  # few would be learnt by heart
+    figures = duel_score(model, D, test) | {"two_samples": two}
     return {f"test_{name}": value for name, value in figures.items()}
 
 
