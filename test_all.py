@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # here, and in all processes: networks this tiny gain nothing
+
 import cyclegan  # before torch, whose import it keeps from warning where numpy is missing
 import ddpm
 import gan
