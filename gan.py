@@ -27,7 +27,7 @@ on where it stopped, with the settings of the checkpoint where none are given; o
 it only samples (--seed 1: other samples).
 
 On two cores the plain command trains for some 190 s. On MNIST 16,000 steps of dcgan take 570 s and
-reach fid 2.8, 10,000 of stylegan 370 s and 3.1 (README, with what fid means here).
+reach fid 2.8; 10,000 of stylegan take 370 s, and fid 2.9 to 5.2, by seed (README says more).
 
 Papers: Goodfellow et al. 2014 (arXiv:1406.2661), the duel; Radford, Metz, Chintala 2015
 (arXiv:1511.06434), DCGAN; Karras, Laine, Aila 2018 (arXiv:1812.04948), StyleGAN; Karras et al. 2019
