@@ -91,92 +91,92 @@ SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", 
 
 def draw_animals(count, seed, stripes, size=64):
     """Horses, or the very same animals as zebras -> bytes (N, 3, size, size), and a mask (N, 1,
-    size, size), 0 to 1: where the coat is. Equal seeds give equal animals.
+    size, size), 0 to 1: where the coat is. Equal seeds give equal animals."""
+    parts = []
+    for first in range(0, max(1, count), 100):
+        n, g = min(100, count - first), seeded(seed, first)
 
-    An animal is a set of limbs, each a line with a thickness, in coordinates of its own body (u to
-    the head, v up), so that stripes follow the body wherever it stands.
-    """
-    parts = [_draw(min(100, count - first), (seed, first), stripes, size)
-             for first in range(0, max(1, count), 100)]
+        def chance(low, high, *shape, n=n, g=g):
+            return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
+
+        picture = draw_landscape(chance, size)
+        parts.append(draw_animal(chance, stripes, picture))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def _draw(n, seed, stripes, size):
-    g = seeded(seed, "animals")
+def across(size):
+    """Where the pixels are: x to the right and y up, (size, size) each, between -1 and 1."""
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    return torch.meshgrid(axis, -axis, indexing="xy")
 
-    def between(low, high, *shape):
-        return (low + (high - low) * torch.rand(n, *shape, generator=g))[..., None, None]
 
-    axis = (torch.arange(2 * size) + 0.5) / size - 1                 # drawn at twice the size
-    y, x = torch.meshgrid(-axis, axis, indexing="ij")                # y up, both -1 to 1
-    scale, left, low = between(0.42, 0.62), between(-0.15, 0.15), between(-0.15, 0.1)
-    facing, lean = torch.sign(between(-1, 1)), between(-0.1, 0.1)
-    u, v = (x - left) * facing / scale, (y - low) / scale
-    u, v = lean.cos() * u + lean.sin() * v, lean.cos() * v - lean.sin() * u       # (n, 2H, 2W)
+def draw_landscape(chance, size):
+    """Sky and ground, with clouds and tufts -> (N, 3, size, size)."""
+    x, y = across(size)
+    cloud = F.interpolate(chance(-0.5, 0.5, 1, size // 8 * size // 8).view(-1, 1, *[size // 8] * 2),
+                          (size, size), mode="bicubic", align_corners=False)
+    grass = chance(-0.04, 0.04, size * size).view(-1, 1, size, size)
+    sky = torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
+    sky = sky + chance(0, 0.3, 3) * torch.tensor([1.0, 0.8, 0.7])[:, None, None]
+    ground = torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud + grass
+    ground = ground + chance(0, 0.4, 3) * torch.tensor([1.0, 0.6, 0.6])[:, None, None]
+    horizon = chance(-0.3, 0.25, 1) + 0.06 * torch.sin(3 * x + chance(0, 6.3, 1))
+    return sky.lerp(ground, ((horizon - y) * size / 2 + 0.5).clamp(0, 1))
 
-    # Sky and ground, with clouds and grass of chance.
-    cloud = torch.rand(n, 1, size // 4, size // 4, generator=g) - 0.5
-    cloud = F.interpolate(cloud, u.shape[1:], mode="bicubic", align_corners=False)
-    grain = 0.08 * (torch.rand(n, 1, *u.shape[1:], generator=g) - 0.5)
-    sky = between(0, 1, 3) * torch.tensor([0.3, 0.25, 0.2])[:, None, None]
-    sky = sky + torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
-    ground = between(0, 1, 3) * torch.tensor([0.4, 0.25, 0.25])[:, None, None]
-    ground = ground + torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud + grain
-    hill = between(-0.3, 0.25) + 0.06 * torch.sin(3 * x + between(0, 6.28))
-    picture = sky.lerp(ground, ((hill - y) / 0.04 + 0.5).clamp(0, 1)[:, None])
-    mask = torch.zeros(n, 1, *u.shape[1:])
+
+def limb(u, v, start, end, thick, thin):
+    """A line with a thickness, in the body's own coordinates u and v, (N, 1, H, W) each -> the
+    distance from its surface, negative inside, and the place along it."""
+    (a, b), (c, d) = start, end
+    length = ((c - a) ** 2 + (d - b) ** 2) ** 0.5
+    along = ((u - a) * (c - a) + (v - b) * (d - b)) / length
+    t = (along / length).clamp(0, 1)
+    away = ((u - a - t * (c - a)) ** 2 + (v - b - t * (d - b)) ** 2) ** 0.5
+    return away - thick - (thin - thick) * t, along
+
+
+def draw_animal(chance, stripes, picture):
+    """An animal from the side, into each ``picture`` (N, 3, H, W) -> bytes, and the mask.
+
+    It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
+    body wherever it stands."""
+    size, (x, y) = picture.shape[3], across(picture.shape[3])
+    scale, facing, lean = chance(0.42, 0.62, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
+    x, y = (x - chance(-0.15, 0.15, 1)) * facing / scale, (y - chance(-0.15, 0.1, 1)) / scale
+    u, v = lean.cos() * x + lean.sin() * y, lean.cos() * y - lean.sin() * x
 
     # Coats: from chestnut over brown to grey; a zebra's light stripes are tinted by it.
-    coat = between(0.3, 1.0, 1) * torch.tensor([0.75, 0.45, 0.25])[:, None, None]
-    coat = coat.lerp(coat.mean(1, keepdim=True), between(0, 0.8, 1))             # (n, 3, 1, 1)
+    coat = chance(0.3, 1.0, 1) * torch.tensor([0.75, 0.45, 0.25])[:, None, None]
+    coat = coat.lerp(coat.mean(1, keepdim=True), chance(0, 0.8, 1))              # (N, 3, 1, 1)
     light, dark = 0.35 * coat + 0.62, torch.full_like(coat, 0.06)
+    hair, muzzle, sun = dark if stripes else 0.3 * coat, 0.35 * coat, 1 + 0.6 * v.clamp(-0.45, 0.3)
 
-    def limb(start, end, thick, thin):
-        """Distance from the limb's surface, and the place along it, each (n, 2H, 2W)."""
-        (a, b), (c, d) = start, end
-        length = ((c - a) ** 2 + (d - b) ** 2) ** 0.5
-        along = ((u - a) * (c - a) + (v - b) * (d - b)) / length
-        t = (along / length).clamp(0, 1)
-        away = ((u - a - t * (c - a)) ** 2 + (v - b - t * (d - b)) ** 2) ** 0.5
-        return away - thick - (thin - thick) * t, along
-
-    def paint(distance, colour, is_coat=True):
-        nonlocal picture, mask
-        cover = (0.5 - distance * scale * size / 1.5).clamp(0, 1)[:, None]
-        picture, mask = picture.lerp(colour, cover), mask.lerp(torch.tensor(float(is_coat)), cover)
-
-    def fur(along, shade=1.0, every=0.24):
-        if not stripes:
-            return coat * shade + torch.zeros_like(picture)
-        wave = (0.5 + 2.2 * torch.sin(2 * math.pi / every * along)).clamp(0, 1)[:, None]
-        return dark.lerp(light, wave) * shade
-
-    hair = dark if stripes else 0.3 * coat
-    neck = between(0.45, 0.95)
-    neck_u, neck_v = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
-    nose_u, nose_v = neck_u + between(0.29, 0.34), neck_v - between(0.11, 0.29)
-    light_from_above = 1 + 0.18 * (v / 0.3).clamp(-1.5, 1)[:, None]
-    for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, tail, two near legs
-        shade, swing = (0.7, 0.7, 0.95, 0.95)[i], between(-0.16, 0.16)
-        if i == 2:
-            paint(limb((-0.74, 0.1), (-0.86 - between(-0.1, 0.25), -0.38), 0.05, 0.07)[0], hair)
-        for start, end, thick, thin in (((hip, -0.12), (hip + swing, -0.55), 0.12, 0.07),
-                                        ((hip + swing, -0.55), (hip + 1.3 * swing, -0.95),
-                                         0.065, 0.05)):
-            distance, along = limb(start, end, thick, thin)
-            paint(distance, fur(along, shade, 0.18))
-    paint(limb((0.42, 0.3), (neck_u - 0.08, neck_v + 0.08), 0.06, 0.07)[0], hair)    # the mane
-    ear = limb((neck_u - 0.02, neck_v + 0.08), (neck_u - 0.06, neck_v + 0.24), 0.05, 0.015)
-    for distance, along in (ear, limb((0.5, 0.08), (neck_u, neck_v), 0.2, 0.11)):
-        paint(distance, fur(along, light_from_above))
-    distance, along = limb((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26)                    # the body
-    paint(distance, fur(along + 0.25 * v, light_from_above))
-    distance, along = limb((neck_u, neck_v), (nose_u, nose_v), 0.12, 0.075)          # the head
-    paint(distance, fur(along, light_from_above, 0.18))
-    paint(limb((nose_u, nose_v), (nose_u + 0.01, nose_v), 0.075, 0.075)[0], 0.35 * coat)
-    paint(limb((neck_u + 0.1, neck_v), (neck_u + 0.11, neck_v), 0.03, 0.03)[0], dark, False)
-    picture, mask = F.avg_pool2d(picture.clamp(0, 1), 2), F.avg_pool2d(mask, 2)
-    return (picture * 255).round().byte(), mask
+    parts = []  # limb, colour (None: fur), shade, width of a stripe and its slant; back to front
+    for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, two near ones
+        swing, shade = chance(-0.16, 0.16, 1), 0.7 if i < 2 else 0.95
+        knee, hoof = (hip + swing, -0.55), (hip + 1.3 * swing, -0.95)
+        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.18, 0),
+                  ((knee, hoof, 0.065, 0.05), None, shade, 0.18, 0)]
+    neck, tail = chance(0.45, 0.95, 1), (-0.86 - chance(-0.1, 0.25, 1), -0.38)
+    top = a, b = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
+    nose = c, d = a + chance(0.29, 0.34, 1), b - chance(0.11, 0.29, 1)
+    parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]
+    parts += [(((0.42, 0.3), (a - 0.08, b + 0.08), 0.06, 0.07), hair, 1, 0, 0),              # mane
+              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.24, 0),
+              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.24, 0),
+              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.24, 0.25),              # body
+              ((top, nose, 0.12, 0.075), None, sun, 0.18, 0),                                # head
+              ((nose, (c + 0.01, d), 0.075, 0.075), muzzle, 1, 0, 0),
+              (((a + 0.1, b), (a + 0.11, b), 0.03, 0.03), dark, 1, 0, 0)]                    # eye
+    mask = torch.zeros_like(picture[:, :1])
+    for shape, colour, shade, every, slant in parts:
+        distance, along = limb(u, v, *shape)
+        cover = (0.5 - distance * scale * size / 2).clamp(0, 1)           # of each pixel, its share
+        if colour is None:
+            wave = torch.sin(2 * math.pi / every * (along + slant * v))
+            colour = dark.lerp(light, (0.5 + 2.2 * wave).clamp(0, 1)) if stripes else coat
+        picture, mask = picture.lerp(colour * shade, cover), mask.lerp(torch.ones(()), cover)
+    return (picture.clamp(0, 1) * 255).round().byte(), mask
 
 
 PILES = ("trainA", "trainB", "testA", "testB")
@@ -424,18 +424,18 @@ def train(config):
     G = begin(Translators(config)).to(device, memory_format=torch.channels_last)
     D = begin(nn.ModuleDict({side: Discriminator(config) for side in "ab"}))
     D = D.to(device, memory_format=torch.channels_last)
-    past, film = {"a": Buffer(config.buffer), "b": Buffer(config.buffer)}, Film()
+    past = {"a": Buffer(config.buffer), "b": Buffer(config.buffer)}
     optimizer_g, optimizer_d = (torch.optim.Adam(net.parameters(), betas=(0.5, 0.999), fused=True)
                                 for net in (G, D))
     run = Run(config, model=G, discriminators=D, optimizer_g=optimizer_g, optimizer_d=optimizer_d,
-              past_a=past["a"], past_b=past["b"], film=film)
+              past_a=past["a"], past_b=past["b"])
     piles = load_piles(config, training=not run.finished)
     test = [pile.float() / 255 for pile in piles[2:4]]
     if not run.finished:
         run.same_data(*piles[:4])
     for step in run.steps():
-        if step * 20 // config.steps > (step - 1) * 20 // config.steps:
-            film.take(G, test)
+        if step == 0 or run.due(20):
+            run.film(both_ways(G, test))
         for optimizer in (optimizer_g, optimizer_d):
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
         rows = run.batch_rows(len(piles.train_a))  # and for each of them a partner of chance
@@ -449,29 +449,12 @@ def train(config):
         if run.due(5):  # now and then, to see how it comes on
             draw_translations(run, G, test)
     if not run.finished:
-        draw_training(run, G, film, test)
+        draw_training(run, G, test)
         run.finish(judge(G, piles))
     draw_translations(run, G, test)
     translate_all(run, G, files)
     run.report()
     return G.eval()
-
-
-class Film:
-    """Test pictures and their translations, made now and then in training, both ways."""
-    def __init__(self):
-        self.frames = []
-
-    def state_dict(self):
-        return {"frames": self.frames}
-
-    def load_state_dict(self, state):
-        self.frames = state["frames"]
-
-    def take(self, model, test):
-        rows = [torch.cat([x[:4], translate(model, x[:4], to)])
-                for x, to in zip(test, "BA", strict=True)]
-        self.frames.append((torch.cat(rows).cpu() * 255).round().byte())
 
 
 # ==== 5. Translating ==============================================================================
@@ -552,10 +535,16 @@ def draw_translations(run, model, test):
     run.write("translations.png", png(grid(sheet, 6)))
 
 
-def draw_training(run, model, film, test):
+def both_ways(model, test):
+    """Four test pictures of A, as B; four of B, as A: (16, 3, H, W)."""
+    return torch.cat([picture.cpu() for x, to in zip(test, "BA", strict=True)
+                      for picture in (x[:4], translate(model, x[:4], to))])
+
+
+def draw_training(run, model, test):
     """training.png: the same test pictures from first step to last."""
-    film.take(model, test)
-    sheets = [grid(frame / 255, 4, 1) for frame in film.frames]
+    run.film(both_ways(model, test))
+    sheets = [grid(frame / 255, 4, 1) for frame in run.frames]
     run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
 
 
@@ -766,14 +755,14 @@ def read_checkpoint(path):
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
-    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    kept = ("step", "seconds", "data", "judged", "rows", "sums", "frames")
     agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.written = config, saved, {}
         self.path = Path(config.out, "checkpoint.pt")
         self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
-        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        self.rows, self.sums, self.frames = [], {}, []  # of metrics.csv, its next row, a film
         if self.path.exists() and not config.restart:
             state = read_checkpoint(self.path)
             if state["step"]:  # else it has not begun, and nothing binds it
@@ -864,6 +853,12 @@ class Run:
                 raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
             self.sums.setdefault(name, []).append(number)
+
+    def film(self, images):
+        """Pictures (N, C, H, W) in [0, 1], kept as the next of 21 frames at most of a film."""
+        if len(self.frames) > 20:  # the run was made longer: every second one stays
+            del self.frames[1::2]
+        self.frames.append((images.cpu() * 255).round().byte())
 
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""

@@ -405,17 +405,17 @@ def train(config):
     torch.manual_seed(seed_of(config.seed, "weights"))
     G = FORGERS[config.generator](config).to(device, memory_format=torch.channels_last)
     D = Discriminator(config).to(device, memory_format=torch.channels_last)
-    ema, film = averaged(G), Film()
+    ema = averaged(G)
     optimizer_g, optimizer_d = adam(G), adam(D)
-    run = Run(config, model=G, discriminator=D, average=ema, film=film,
+    run = Run(config, model=G, discriminator=D, average=ema,
               optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     if not run.finished:
         data = load_images(config.data, config.data_dir)
         run.same_data(data.train, data.test)
         train, test = (resized(x, config.image_size) for x in (data.train, data.test))
         for step in run.steps():
-            if step * 20 // config.steps > (step - 1) * 20 // config.steps:
-                film.take(ema.module)
+            if step == 0 or run.due(20):
+                run.film(sample(ema.module, 24, seed="film"))
             rate = config.learning_rate * schedule(step / config.steps)
             for group in (*optimizer_g.param_groups, *optimizer_d.param_groups):
                 group["lr"] = rate * group["pace"]
@@ -428,7 +428,7 @@ def train(config):
             if run.due(5):  # now and then, to see how it comes on
                 draw_samples(run, ema.module)
                 run.log(**duel_score(ema.module, D, test[:1000]))
-        draw_training(run, ema.module, film)
+        draw_training(run, ema.module)
         draw_neighbours(run, ema.module, train)
         run.finish(judge(ema.module, D, test))
     draw_samples(run, ema.module)
@@ -436,21 +436,6 @@ def train(config):
     export(run, ema.module)
     run.report()
     return ema.module.eval()
-
-
-class Film:
-    """The same 24 z, painted now and then in training: bytes, which travel with the checkpoint."""
-    def __init__(self):
-        self.frames = []
-
-    def state_dict(self):
-        return {"frames": self.frames}
-
-    def load_state_dict(self, state):
-        self.frames = state["frames"]
-
-    def take(self, model):
-        self.frames.append((sample(model, 24, seed="film").cpu() * 255).round().byte())
 
 
 # ==== 7. Sampling =================================================================================
@@ -563,10 +548,10 @@ def draw_samples(run, model):
     run.write("samples.png", png(grid(images, 10)))
 
 
-def draw_training(run, model, film):
+def draw_training(run, model):
     """training.png: the same z from first step to last; the still image is what they became."""
-    film.take(model)
-    sheets = [grid(frame / 255, 8) for frame in film.frames]
+    run.film(sample(model, 24, seed="film"))
+    sheets = [grid(frame / 255, 8) for frame in run.frames]
     run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
 
 
@@ -828,14 +813,14 @@ def read_checkpoint(path):
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
-    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    kept = ("step", "seconds", "data", "judged", "rows", "sums", "frames")
     agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.written = config, saved, {}
         self.path = Path(config.out, "checkpoint.pt")
         self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
-        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        self.rows, self.sums, self.frames = [], {}, []  # of metrics.csv, its next row, a film
         if self.path.exists() and not config.restart:
             state = read_checkpoint(self.path)
             if state["step"]:  # else it has not begun, and nothing binds it
@@ -926,6 +911,12 @@ class Run:
                 raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
             self.sums.setdefault(name, []).append(number)
+
+    def film(self, images):
+        """Pictures (N, C, H, W) in [0, 1], kept as the next of 21 frames at most of a film."""
+        if len(self.frames) > 20:  # the run was made longer: every second one stays
+            del self.frames[1::2]
+        self.frames.append((images.cpu() * 255).round().byte())
 
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""

@@ -844,14 +844,14 @@ def read_checkpoint(path):
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
-    kept = ("step", "seconds", "data", "judged", "rows", "sums")
+    kept = ("step", "seconds", "data", "judged", "rows", "sums", "frames")
     agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.written = config, saved, {}
         self.path = Path(config.out, "checkpoint.pt")
         self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
-        self.rows, self.sums = [], {}  # of metrics.csv, and of its next row
+        self.rows, self.sums, self.frames = [], {}, []  # of metrics.csv, its next row, a film
         if self.path.exists() and not config.restart:
             state = read_checkpoint(self.path)
             if state["step"]:  # else it has not begun, and nothing binds it
@@ -942,6 +942,12 @@ class Run:
                 raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
                                          f"--learning-rate; {self.path} keeps the last good state")
             self.sums.setdefault(name, []).append(number)
+
+    def film(self, images):
+        """Pictures (N, C, H, W) in [0, 1], kept as the next of 21 frames at most of a film."""
+        if len(self.frames) > 20:  # the run was made longer: every second one stays
+            del self.frames[1::2]
+        self.frames.append((images.cpu() * 255).round().byte())
 
     def save(self):
         """checkpoint.pt, and metrics.csv as of the same step."""

@@ -1956,8 +1956,8 @@ def test_gan_killed_and_started_again(data, forger, tmp_path):
     out = tmp_path / "o"
     shown = kill_and_start_again("gan", "forger_loss", gan_words(data, out), out, forger)
     assert "held out: " in shown
-    frames = weights(out)["film"]["frames"]
-    assert len(frames) == 21 and all(map(torch.equal, frames, weights(forger)["film"]["frames"]))
+    frames = weights(out)["frames"]
+    assert len(frames) == 21 and all(map(torch.equal, frames, weights(forger)["frames"]))
 
 
 def test_gan_goes_on_at_another_rate(data, forger, tmp_path):
@@ -2077,6 +2077,49 @@ def test_cycle_losses_against_hand_values():
     by_hand = ((0 + 0.25 - 1) ** 2 + (1.1 + 0.25) ** 2 + (1 - 0.5 - 1) ** 2 + (0.3 - 0.5) ** 2) / 2
     assert math.isclose(figures["detectives"].item(), by_hand, rel_tol=1e-5)
     assert torch.equal(G.to_b.number.grad, before) and D["a"].number.grad is not None
+
+
+def test_each_turn_leaves_the_other_side_as_it_was():
+    G, config = tiny_cycle(), cyclegan.Config(width=4, blocks=1, image_size=16)
+    D = cyclegan.begin(nn.ModuleDict({side: cyclegan.Discriminator(config) for side in "ab"}))
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.01) for net in (G, D)]
+    a, b = torch.rand(2, 2, 3, 32, 32)
+
+    def state():
+        return [[p.clone() for p in net.state_dict().values()] for net in (G, D)]
+
+    first = state()
+    as_a, as_b, _ = cyclegan.translators_turn(G, D, optimizers[0], a, b, config)
+    second, slopes = state(), [p.grad.clone() for p in G.parameters()]
+    fakes = [cyclegan.Buffer(0).swap(fake) for fake in (as_a, as_b)]
+    cyclegan.detectives_turn(D, optimizers[1], (a, b), fakes)
+    third = state()
+    for before, after, moved in ((first, second, 0), (second, third, 1)):
+        assert all(map(torch.equal, before[1 - moved], after[1 - moved]))
+        same = list(map(torch.equal, before[moved], after[moved]))
+        assert sum(same) < len(same) / 4
+    assert all(map(torch.equal, slopes, [p.grad for p in G.parameters()]))
+
+
+def test_partners_change_and_the_past_stays_in_its_pile(tmp_path, monkeypatch, piles):
+    drawn, heard, batch_of = [], [], cyclegan.batch_of
+    marks = [torch.full((1, 3, 32, 32), number) for number in (-0.5, 0.5)]
+    monkeypatch.setattr(cyclegan, "batch_of", lambda pile, rows, size: (
+        drawn.append(rows.tolist()), batch_of(pile, rows, size))[1])
+    monkeypatch.setattr(cyclegan, "translators_turn", lambda *args: (*marks, {}))
+    monkeypatch.setattr(cyclegan, "detectives_turn", lambda D, optimizer, real, fakes: (
+        heard.append(fakes), {})[1])
+    assert cyclegan.main(cycle_words(tmp_path, data=piles, steps=28)) == 0
+    pairs = [(a, b) for (a,), (b,) in zip(drawn[::2], drawn[1::2], strict=True)]
+    epochs = [dict(pairs[i:i + 7]) for i in range(0, 28, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)  # every picture of A, once
+    assert len({tuple(epoch[a] for epoch in epochs) for a in range(7)}) == 7
+    assert sum(epochs[0][a] != epochs[1][a] for a in range(7)) >= 3  # partners are of chance
+    assert {b for _, b in pairs} == set(range(9))                    # and all of B takes part
+    state = weights(tmp_path)
+    for i, name in enumerate(("past_a", "past_b")):
+        assert all((fakes[i] == marks[i]).all() for fakes in heard)
+        assert all((picture == marks[i][0]).all() for picture in state[name]["pictures"])
 
 
 def test_buffer_fills_and_then_mixes_half_and_half():
