@@ -2002,7 +2002,7 @@ def test_gan_refuses_in_one_line(forger, data, tmp_path, capsys, words, needle):
 
 def tiny_cycle(**settings):
     torch.manual_seed(0)
-    config = cyclegan.Config(width=4, blocks=1, image_size=16, **settings)
+    config = cyclegan.Config(width=8, blocks=1, image_size=16, **settings)
     return cyclegan.begin(cyclegan.Translators(config))
 
 
@@ -2018,7 +2018,7 @@ def test_drawn_animals_differ_on_the_coat_alone():
 
 
 def test_discriminator_sees_70_pixels():
-    D = cyclegan.Discriminator(cyclegan.Config(width=4))
+    D = cyclegan.Discriminator(cyclegan.Config(width=8))
     D.layers = nn.Sequential(*[m for m in D.layers if not isinstance(m, nn.GroupNorm)])
     x = torch.randn(1, 3, 128, 128, requires_grad=True)
     verdicts = D(x)
@@ -2080,7 +2080,7 @@ def test_cycle_losses_against_hand_values():
 
 
 def test_each_turn_leaves_the_other_side_as_it_was():
-    G, config = tiny_cycle(), cyclegan.Config(width=4, blocks=1, image_size=16)
+    G, config = tiny_cycle(), cyclegan.Config(width=8, blocks=1, image_size=16)
     D = cyclegan.begin(nn.ModuleDict({side: cyclegan.Discriminator(config) for side in "ab"}))
     optimizers = [torch.optim.Adam(net.parameters(), lr=0.01) for net in (G, D)]
     a, b = torch.rand(2, 2, 3, 32, 32)
@@ -2227,7 +2227,7 @@ def test_without_pillow(monkeypatch):
 
 
 def cycle_words(out, **settings):
-    settings = {"out": out, "steps": 45, "width": 4, "blocks": 1, "image_size": 32, "buffer": 3,
+    settings = {"out": out, "steps": 45, "width": 8, "blocks": 1, "image_size": 32, "buffer": 3,
                 "test_images": 5} | settings
     return [word for name, value in settings.items() for word in (cyclegan.flag(name), str(value))]
 
