@@ -331,12 +331,6 @@ def verdict_loss(verdicts, wanted):
     return (verdicts - wanted).square().mean()
 
 
-def cycle_loss(back, original):
-    """L1: absolute differences, averaged. With squares, half of each of two colours is cheaper than
-    a sharp edge in a place that may be wrong; with L1 it is not, and edges stay sharp."""
-    return (back - original).abs().mean()
-
-
 class Buffer:
     """Past fakes. A detective who sees but the latest ones forgets the older tricks, and the two
     may go in circles. She gets, with equal chance, a fresh one or one from the past, which the
@@ -375,13 +369,24 @@ class Translators(nn.Module):
 
 def translators_turn(G, D, optimizer, a, b, config):
     """One step of both translators on real pictures a and b, (B, 3, H, W) each -> the two fakes,
-    and its figures. What goes through one network goes through it in one batch."""
+    and its figures.
+
+    fool      each translation shall please the detective of its new pile
+    cycle     there and back again, each picture shall be what it was. Without it any zebra would
+              do as the translation of any horse, the same one for all
+    identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
+              nothing keeps the sky from changing its colour, as long as it changes back
+
+    The last two are L1, absolute differences: where a pixel may be black or white, squares make
+    grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay sharp.
+    """
     D.requires_grad_(False)
-    as_b, same_b = G.to_b(torch.cat([a, b])).chunk(2)
-    as_a, same_a = G.to_a(torch.cat([b, a])).chunk(2)
+    n, kinds = len(a), 2 if config.identity_weight else 1
+    as_b, *same_b = G.to_b(torch.cat([a, b][:kinds])).split(n)     # one batch of two is faster
+    as_a, *same_a = G.to_a(torch.cat([b, a][:kinds])).split(n)     # than two of one
     fool = verdict_loss(D["b"](as_b), 1) + verdict_loss(D["a"](as_a), 1)
-    cycle = cycle_loss(G.to_a(as_b), a) + cycle_loss(G.to_b(as_a), b)
-    same = cycle_loss(same_b, b) + cycle_loss(same_a, a)
+    cycle = F.l1_loss(G.to_a(as_b), a) + F.l1_loss(G.to_b(as_a), b)
+    same = sum(F.l1_loss(made, x) for made, x in zip(same_b + same_a, (b, a), strict=False))
     loss = fool + config.cycle_weight * cycle + config.identity_weight * same
     optimizer.zero_grad()
     loss.backward()

@@ -2293,7 +2293,7 @@ def test_cyclegan_on_drawn_animals_and_on_two_folders(tmp_path):
 
 @pytest.mark.parametrize("words, needle", [
     (["--image-size", "30"], "--image-size"), (["--data", "no", "--restart"], "horse2zebra"),
-    (["--cycle-weight", "3"], "--restart"), (["--translate", "nowhere"], "nowhere"),
+    (["--cycle-weight", "4"], "--restart"), (["--translate", "nowhere"], "nowhere"),
     (["--data", "."], "--restart")])
 def test_cyclegan_refuses_in_one_line(cycled, piles, tmp_path, capsys, words, needle):
     out = copy_of(cycled, tmp_path)
