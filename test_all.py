@@ -2070,6 +2070,9 @@ def test_cycle_losses_against_hand_values():
     slope = 2 * (0.3 - 0.5 - 1) + 10 * 2 + 5
     assert math.isclose(G.to_b.number.grad, slope, rel_tol=1e-5)
     assert all(p.grad is None for p in D.parameters())
+    without = cyclegan.Config(cycle_weight=10, identity_weight=0)
+    assert cyclegan.translators_turn(G, D, optimizer, a, b, without)[2]["identity"] == 0
+    assert math.isclose(G.to_b.number.grad, slope - 5, rel_tol=1e-5)
     optimizer = torch.optim.SGD(D.parameters(), lr=0.0)
     before = G.to_b.number.grad.clone()
     fakes = [cyclegan.Buffer(5).swap(x) for x in (as_a, as_b)]
