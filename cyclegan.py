@@ -44,6 +44,7 @@ with warnings.catch_warnings():  # without numpy, importing torch warns; nothing
     import torch
     import torch.nn.functional as F
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def knob(default, about, *within):
@@ -113,14 +114,13 @@ def across(size):
 
 
 def draw_landscape(chance, size):
-    """Sky and ground, with clouds and tufts -> (N, 3, size, size)."""
+    """Sky and ground, lighter and darker in places -> (N, 3, size, size)."""
     x, y = across(size)
     cloud = F.interpolate(chance(-0.5, 0.5, 1, size // 8 * size // 8).view(-1, 1, *[size // 8] * 2),
                           (size, size), mode="bicubic", align_corners=False)
-    grass = chance(-0.04, 0.04, size * size).view(-1, 1, size, size)
     sky = torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
     sky = sky + chance(0, 0.3, 3) * torch.tensor([1.0, 0.8, 0.7])[:, None, None]
-    ground = torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud + grass
+    ground = torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud
     ground = ground + chance(0, 0.4, 3) * torch.tensor([1.0, 0.6, 0.6])[:, None, None]
     horizon = chance(-0.3, 0.25, 1) + 0.06 * torch.sin(3 * x + chance(0, 6.3, 1))
     return sky.lerp(ground, ((horizon - y) * size / 2 + 0.5).clamp(0, 1))
@@ -424,9 +424,20 @@ def begin(net):
     return net
 
 
+def adam(net):
+    """Adam with half the usual momentum, as in the paper: what is right changes with every step of
+    the other side."""
+    return torch.optim.Adam(net.parameters(), betas=(0.5, 0.999), fused=True)
+
+
+def averaged(model):
+    """The mean of the translators' weights over the last 200 steps or so; gan.py says why."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+
+
 def train(config):
-    """Train what is left to train, judge, draw, all into ``config.out`` -> the Translators, in eval
-    mode.
+    """Train what is left to train, judge, draw, all into ``config.out`` -> the Translators with
+    their averaged weights, in eval mode.
 
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
     KeyboardInterrupt (it was stopped; the same call goes on).
@@ -436,21 +447,19 @@ def train(config):
         fail(f"--translate {config.translate}: no pictures there")
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
-    G = begin(Translators(config)).to(device, memory_format=torch.channels_last)
-    D = begin(nn.ModuleDict({side: Discriminator(config) for side in "ab"}))
-    D = D.to(device, memory_format=torch.channels_last)
-    past = {"a": Buffer(config.buffer), "b": Buffer(config.buffer)}
-    optimizer_g, optimizer_d = (torch.optim.Adam(net.parameters(), betas=(0.5, 0.999), fused=True)
-                                for net in (G, D))
-    run = Run(config, model=G, discriminators=D, optimizer_g=optimizer_g, optimizer_d=optimizer_d,
-              past_a=past["a"], past_b=past["b"])
-    piles = load_piles(config, training=not run.finished)
+    G, D = (begin(net).to(device, memory_format=torch.channels_last) for net in (
+        Translators(config), nn.ModuleDict({side: Discriminator(config) for side in "ab"})))
+    average, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
+    past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
+    run = Run(config, model=G, discriminators=D, average=average, past_a=past_a, past_b=past_b,
+              optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    model, piles = average.module, load_piles(config, training=not run.finished)
     test = [pile.float() / 255 for pile in piles[2:4]]
     if not run.finished:
         run.same_data(*piles[:4])
     for step in run.steps():
         if step == 0 or run.due(20):
-            run.film(both_ways(G, test))
+            run.film(both_ways(model, test))
         for optimizer in (optimizer_g, optimizer_d):
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
         rows = run.batch_rows(len(piles.train_a))  # and for each of them a partner of chance
@@ -459,17 +468,18 @@ def train(config):
                 for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
         as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
         run.log(**figures)
-        fakes = past["a"].swap(as_a), past["b"].swap(as_b)
+        fakes = past_a.swap(as_a), past_b.swap(as_b)
         run.log(**detectives_turn(D, optimizer_d, (a, b), fakes))
+        average.update_parameters(G)
         if run.due(5):  # now and then, to see how it comes on
-            draw_translations(run, G, test)
+            draw_translations(run, model, test)
     if not run.finished:
-        draw_training(run, G, test)
-        run.finish(judge(G, piles))
-    draw_translations(run, G, test)
-    translate_all(run, G, files)
+        draw_training(run, model, test)
+        run.finish(judge(model, piles))
+    draw_translations(run, model, test)
+    translate_all(run, model, files)
     run.report()
-    return G.eval()
+    return model.eval()
 
 
 # ==== 5. Translating ==============================================================================
@@ -493,9 +503,9 @@ def translate(model, images, to="B"):
 def load(path, device="cpu"):
     """The Translators of a checkpoint, in eval mode. UserError if it is none of cyclegan.py's."""
     state = read_checkpoint(path)
-    model = Translators(Config(**state["config"]))
-    model.load_state_dict(state["model"])
-    return model.to(device, memory_format=torch.channels_last).eval()
+    average = averaged(Translators(Config(**state["config"])))
+    average.load_state_dict(state["average"])
+    return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
 def translate_all(run, model, files):
