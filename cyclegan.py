@@ -143,7 +143,7 @@ def draw_animal(chance, stripes, picture):
     It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
     body wherever it stands."""
     size, (x, y) = picture.shape[3], across(picture.shape[3])
-    scale, facing, lean = chance(0.42, 0.62, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
+    scale, facing, lean = chance(0.48, 0.68, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
     x, y = (x - chance(-0.15, 0.15, 1)) * facing / scale, (y - chance(-0.15, 0.1, 1)) / scale
     u, v = lean.cos() * x + lean.sin() * y, lean.cos() * y - lean.sin() * x
 
@@ -157,17 +157,17 @@ def draw_animal(chance, stripes, picture):
     for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, two near ones
         swing, shade = chance(-0.16, 0.16, 1), 0.7 if i < 2 else 0.95
         knee, hoof = (hip + swing, -0.55), (hip + 1.3 * swing, -0.95)
-        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.18, 0),
-                  ((knee, hoof, 0.065, 0.05), None, shade, 0.18, 0)]
+        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.32, 0),
+                  ((knee, hoof, 0.065, 0.05), None, shade, 0.32, 0)]
     neck, tail = chance(0.45, 0.95, 1), (-0.86 - chance(-0.1, 0.25, 1), -0.38)
     top = a, b = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
     nose = c, d = a + chance(0.29, 0.34, 1), b - chance(0.11, 0.29, 1)
     parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]
     parts += [(((0.42, 0.3), (a - 0.08, b + 0.08), 0.06, 0.07), hair, 1, 0, 0),              # mane
-              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.24, 0),
-              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.24, 0),
-              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.24, 0.25),              # body
-              ((top, nose, 0.12, 0.075), None, sun, 0.18, 0),                                # head
+              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.42, 0),
+              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.42, 0),
+              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.42, 0.25),              # body
+              ((top, nose, 0.12, 0.075), None, sun, 0.32, 0),                                # head
               ((nose, (c + 0.01, d), 0.075, 0.075), muzzle, 1, 0, 0),
               (((a + 0.1, b), (a + 0.11, b), 0.03, 0.03), dark, 1, 0, 0)]                    # eye
     mask = torch.zeros_like(picture[:, :1])
