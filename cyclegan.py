@@ -59,9 +59,9 @@ class Config:
     blocks: int = knob(4, "residual blocks in the middle of a translator", 0, 64)
     image_size: int = knob(64, "height and width in training; a multiple of 4", 16, 1024)
     cycle_weight: float = knob(3.0, "how much finding the way back counts", 0, 1e4)
-    identity_weight: float = knob(1.5, "how much leaving its own kind alone counts", 0, 1e4)
+    identity_weight: float = knob(3.0, "how much leaving its own kind alone counts", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
-    steps: int = knob(4000, "steps in all, each an update of all four", 1, 10**8)
+    steps: int = knob(2400, "steps in all, each an update of all four", 1, 10**8)
     batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
     learning_rate: float = knob(1e-3, "for the first half; then down to 0", 0, 1)
     translate: str = knob("", "once trained: translate the pictures of this folder or .zip")
@@ -94,7 +94,7 @@ SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", 
 
 def draw_animals(count, seed, stripes, size=64):
     """Horses, or the very same animals as zebras -> bytes (N, 3, size, size), and a mask (N, 1,
-    size, size), 0 to 1: where the coat is. Equal seeds give equal animals."""
+    size, size), 0 to 1: where the animal is. Equal seeds give equal animals."""
     parts = []
     for first in range(0, max(1, count), 100):
         n, g = min(100, count - first), seeded(seed, first)
@@ -184,7 +184,7 @@ def draw_animal(chance, stripes, picture):
 PILES = ("trainA", "trainB", "testA", "testB")
 
 # What is known of two piles: pictures to train on and to judge on, bytes (N, 3, H, W) each. For the
-# drawn animals also the truth: the test animals in the other coat, and where the coat is.
+# drawn animals also the truth: the test animals in the other coat, and where the animal is.
 Piles = namedtuple("Piles", "train_a train_b test_a test_b truth", defaults=(None,))
 
 
@@ -215,7 +215,9 @@ def load_piles(config, training=True):
         if not pile:
             fail(f"{config.data}: no pictures for {kind}: it takes a folder or .zip with trainA, "
                  "trainB, testA and testB, or two folders with a comma between them")
-    larger = math.ceil(size * 286 / 256)  # from which training crops, as in the paper
+    # Training crops from pictures a little larger, as in the paper. Bytes, in memory: horse2zebra's
+    # 2,401 training pictures take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
+    larger = math.ceil(size * 286 / 256)
     train = [read_pictures(pile[:None if training else 1], larger) for pile in files[:2]]
     return Piles(*train, *(read_pictures(pile[:count], size) for pile in files[2:]))
 
@@ -278,8 +280,9 @@ class Generator(nn.Module):
     Two things differ from the paper, since most of a picture shall stay as it is. Instance norm
     takes the mean out of each channel, and with it the colour of the sky; group norm leaves the
     differences between channels. And the last convolution sees the picture itself beside the
-    features. On the drawn animals, after 1,000 steps, the sky and ground are wrong by SKY0 of 255
-    as in the paper, by SKY1 with group norm, by SKY2 with both.
+    features. In trials on drawn animals the sky and the ground of translated horses were wrong by
+    24 of 255 as in the paper and by 18 with group norm, after 1,500 steps; by 9 with both, after
+    1,000.
     """
 
     def __init__(self, config):
@@ -376,6 +379,9 @@ def translators_turn(G, D, optimizer, a, b, config):
               do as the translation of any horse, the same one for all
     identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
               nothing keeps the sky from changing its colour, as long as it changes back
+
+    In the paper cycle counts 10 and identity 5. Here, where the picture itself is before the last
+    convolution, that makes copying too comfortable: one direction did nothing else for 1,000 steps.
 
     The last two are L1, absolute differences: where a pixel may be black or white, squares make
     grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay sharp.
