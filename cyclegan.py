@@ -514,18 +514,42 @@ def load(path, device="cpu"):
     return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
+def targets(files, folder):
+    """Where the translation of each picture goes: STEM.png, NAME.EXT.png where stems are equal, and
+    the whole path, with dashes, where names are equal too."""
+    names = {name: (Path(name).stem, Path(name).name, name.replace("/", "-")) for name in files}
+    paths = {}
+    for name, choices in names.items():
+        for kind, choice in enumerate(choices):
+            if [other[kind].lower() for other in names.values()].count(choice.lower()) == 1:
+                break
+        paths[name] = folder / f"{choice}.png"
+    return paths
+
+
 def translate_all(run, model, files):
-    """--translate FOLDER: each picture in it, whatever its size and shape, into translated/, under
-    its own name, as a PNG. Names that differ in the ending alone keep it."""
-    stems = [Path(name).stem for name in files]
+    """--translate FOLDER: each picture in it, whatever its size and shape, into translated/, never
+    over one of the pictures themselves. What cannot be read is left out, with a word about it."""
+    config, troubles = run.config, []
+    paths = targets(files, Path(config.out, "translated"))
+    inputs = {Path(config.translate, name).resolve() for name in files}
+    for path in paths.values():
+        if path.resolve() in inputs:
+            fail(f"{path} is one of the pictures to translate: choose another --out")
     for name, read in files.items():
-        picture = read_picture(name, read)
-        if min(picture.shape[1:]) < 16:
-            fail(f"{name} is smaller than 16 pixels")
-        image = translate(model, picture[None] / 255, run.config.to)[0]
+        try:
+            picture = read_picture(name, read)
+            if min(picture.shape[1:]) < 16:
+                fail(f"{name} is smaller than 16 pixels")
+        except UserError as error:
+            troubles.append(str(error))
+            continue
+        image = translate(model, picture[None] / 255, config.to)[0]
         image = (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        stem = Path(name).stem if stems.count(Path(name).stem) == 1 else Path(name).name
-        write_file(Path(run.config.out, "translated", f"{stem}.png"), png(image))
+        write_file(paths[name], png(image))
+    if troubles:
+        print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
+              file=sys.stderr)
 
 
 # ==== 6. Judging, on pictures that were not trained on ============================================

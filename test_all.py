@@ -2273,6 +2273,30 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
 
 
+def test_translate_never_writes_over_its_input(cycled, tmp_path, capsys):
+    out = copy_of(cycled, tmp_path)
+    words = ["--out", str(out), "--translate"]
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("1.png", "b/1.png", "2.jpg", "2.PNG", "3.png"):
+        (tmp_path / "a" / name).write_bytes(photograph((20, 20)))
+    (tmp_path / "a" / "tiny.png").write_bytes(photograph((9, 20)))
+    (tmp_path / "a" / "torn.png").write_bytes(photograph((20, 20))[:60])
+    assert cyclegan.main([*words, str(tmp_path / "a")]) == 0
+    made = sorted(p.name for p in (out / "translated").iterdir())
+    assert made == ["1.png.png", "2.PNG.png", "2.jpg.png", "3.png", "b-1.png.png"]
+    assert "left out 2 of 7" in capsys.readouterr().err
+    before = {p: p.read_bytes() for p in out.rglob("*.png")}
+    assert cyclegan.main([*words, str(out)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("../../evil.png", photograph((20, 20)))
+        archive.writestr("deep/fine.png", photograph((20, 20)))
+    assert cyclegan.main([*words, str(tmp_path / "z.zip")]) == 0
+    assert (out / "translated" / "fine.png").exists()
+    assert not [path for path in tmp_path.rglob("*evil*")]
+
+
 def test_cyclegan_killed_and_started_again(cycled, piles, tmp_path):
     out = tmp_path / "o"
     words = cycle_words(out, data=piles)
