@@ -17,13 +17,13 @@ that it looks like a zebra, the way back that it is still this horse.
     python cyclegan.py                                     on animals that this script draws itself
     python cyclegan.py --translate photos/ --to A          once trained: each picture of a folder
     python cyclegan.py --data horse2zebra                  the paper's photographs (downloaded once)
-    python cyclegan.py --data horses/,zebras/              your own two piles, or a .zip of four
+    python cyclegan.py --data horses/,zebras/              your own two piles of photographs
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --out out/gpu
 
-Look into out/cyclegan: translations.png (a row each: A, as B, back as A; B, as A, back as B),
-training.png (an animation: the same test pictures from the first step to the last), metrics.csv,
-checkpoint.pt, and what --translate made in translated/. The same command again goes on where it
-stopped, with the settings of the checkpoint where none are given.
+Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a row each: A, as B,
+back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first
+step to the last), metrics.csv, checkpoint.pt, and what --translate made in translated/. The same
+command again goes on where it stopped, with the settings of the checkpoint where none are given.
 
 Papers: Zhu, Park, Isola, Efros 2017 (arXiv:1703.10593), the cycle; Mao et al. 2016
 (arXiv:1611.04076), squares for the detective; Isola et al. 2016 (arXiv:1611.07004), the detective
@@ -33,7 +33,7 @@ of patches; Johnson et al. 2016 (arXiv:1603.08155), the translator's network; Sh
 import math
 import sys
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -57,7 +57,7 @@ class Config:
     """Every setting, model first; the command line is made from it."""
     width: int = knob(16, "channels of the finest layers; a multiple of 8", 8, 512)
     blocks: int = knob(4, "residual blocks in the middle of a translator", 0, 64)
-    image_size: int = knob(64, "height and width in training; a multiple of 4", 16, 1024)
+    image_size: int = knob(64, "height and width in training; a multiple of 4", 24, 1024)
     cycle_weight: float = knob(3.0, "how much finding the way back counts", 0, 1e4)
     identity_weight: float = knob(3.0, "how much leaving its own kind alone counts", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
@@ -85,11 +85,12 @@ class Config:
 
 
 SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", "cezanne2photo",
-        "ukiyoe2photo", "vangogh2photo", "maps", "cityscapes", "facades", "iphone2dslr_flower")
+        "ukiyoe2photo", "vangogh2photo", "maps", "facades", "iphone2dslr_flower")
 
 
 # ==== 1. Two piles ================================================================================
-# B is the batch, H and W are a picture's height and width. In memory pictures are bytes.
+# B is the batch (a pile's name is B, too), N a number of pictures, H and W are their height and
+# width. In memory pictures are bytes.
 
 
 def draw_animals(count, seed, stripes, size=64):
@@ -99,7 +100,7 @@ def draw_animals(count, seed, stripes, size=64):
     for first in range(0, max(1, count), 100):
         n, g = min(100, count - first), seeded(seed, first)
 
-        def chance(low, high, *shape, n=n, g=g):
+        def chance(low, high, *shape, n=n, g=g):  # uniform, (n, *shape, 1, 1)
             return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
 
         picture = draw_landscape(chance, size)
@@ -116,7 +117,7 @@ def across(size):
 def draw_landscape(chance, size):
     """Sky and ground, lighter and darker in places -> (N, 3, size, size)."""
     x, y = across(size)
-    cloud = F.interpolate(chance(-0.5, 0.5, 1, size // 8 * size // 8).view(-1, 1, *[size // 8] * 2),
+    cloud = F.interpolate(chance(-0.5, 0.5, 1, (size // 8) ** 2).view(-1, 1, *[size // 8] * 2),
                           (size, size), mode="bicubic", align_corners=False)
     sky = torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
     sky = sky + chance(0, 0.3, 3) * torch.tensor([1.0, 0.8, 0.7])[:, None, None]
@@ -153,7 +154,7 @@ def draw_animal(chance, stripes, picture):
     light, dark = 0.35 * coat + 0.62, torch.full_like(coat, 0.06)
     hair, muzzle, sun = dark if stripes else 0.3 * coat, 0.35 * coat, 1 + 0.6 * v.clamp(-0.45, 0.3)
 
-    parts = []  # limb, colour (None: fur), shade, width of a stripe and its slant; back to front
+    parts = []  # limb, colour (None: fur), shade, period of the stripes, slant; back to front
     for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, two near ones
         swing, shade = chance(-0.16, 0.16, 1), 0.7 if i < 2 else 0.95
         knee, hoof = (hip + swing, -0.55), (hip + 1.3 * swing, -0.95)
@@ -162,7 +163,7 @@ def draw_animal(chance, stripes, picture):
     neck, tail = chance(0.45, 0.95, 1), (-0.86 - chance(-0.1, 0.25, 1), -0.38)
     top = a, b = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
     nose = c, d = a + chance(0.29, 0.34, 1), b - chance(0.11, 0.29, 1)
-    parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]
+    parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]    # between far and near legs
     parts += [(((0.42, 0.3), (a - 0.08, b + 0.08), 0.06, 0.07), hair, 1, 0, 0),              # mane
               (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.42, 0),
               (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.42, 0),
@@ -200,9 +201,9 @@ def load_piles(config, training=True):
                  "A": (draw_animals(count, "B", False, size)[0], mask_b)}
         return Piles(*train, a, b, truth)
     folders = [Path(part) for part in config.data.split(",")]
-    if len(folders) == 2:  # a tenth of each is held out, every tenth by name
+    if len(folders) == 2:  # every tenth by name is held out, of fewer than ten the last
         piles = [list(picture_files(folder).items()) for folder in folders]
-        files = [[f for i, f in enumerate(pile) if (i % 10 == 9) == held_out]
+        files = [[f for i, f in enumerate(pile) if (i % 10 == min(9, len(pile) - 1)) == held_out]
                  for held_out in (False, True) for pile in piles]
     else:
         path = folders[0]
@@ -215,8 +216,8 @@ def load_piles(config, training=True):
         if not pile:
             fail(f"{config.data}: no pictures for {kind}: it takes a folder or .zip with trainA, "
                  "trainB, testA and testB, or two folders with a comma between them")
-    # Training crops from pictures a little larger, as in the paper. Bytes, in memory: horse2zebra's
-    # 2,401 training pictures take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
+    # Training crops from pictures a little larger, as the authors do. As bytes in memory the 2,401
+    # training pictures of horse2zebra take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
     larger = math.ceil(size * 286 / 256)
     train = [read_pictures(pile[:None if training else 1], larger) for pile in files[:2]]
     return Piles(*train, *(read_pictures(pile[:count], size) for pile in files[2:]))
@@ -248,7 +249,8 @@ def batch_of(pile, rows, size):
 def norm(channels, together=1):
     """Each channel of each picture to mean 0 and variance 1, or ``together`` channels as one. Alone
     it is instance norm (Ulyanov et al. 2016, arXiv:1607.08022), as in the paper; together, group
-    norm (Wu and He 2018, arXiv:1803.08494). Either way no picture depends on its neighbours."""
+    norm (Wu and He 2018, arXiv:1803.08494). Then a learned scale and shift. Either way no picture
+    depends on the others of its batch."""
     return nn.GroupNorm(channels // together, channels)
 
 
@@ -272,17 +274,18 @@ class ResidualBlock(nn.Module):
 class Generator(nn.Module):
     """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W divisible by 4.
 
-    Down by strides of 2 to a quarter of the size, where a convolution sees far and costs little;
-    residual blocks there; and up again. The way up repeats each pixel and then convolves: a
-    transposed convolution would hit some pixels more often than others, which shows as a
-    checkerboard (Odena, Dumoulin, Olah 2016, distill.pub/2016/deconv-checkerboard).
+    Down by strides of 2 to a quarter of the size, where a convolution sees four times as far;
+    residual blocks there; and up again. The way up repeats each pixel and then convolves: the
+    paper's transposed convolution, of kernel 3 and stride 2, hits some pixels more often than
+    others, which shows as a checkerboard (Odena, Dumoulin, Olah 2016,
+    distill.pub/2016/deconv-checkerboard).
 
-    Two things differ from the paper, since most of a picture shall stay as it is. Instance norm
-    takes the mean out of each channel, and with it the colour of the sky; group norm leaves the
-    differences between channels. And the last convolution sees the picture itself beside the
-    features. In trials on drawn animals the sky and the ground of translated horses were wrong by
-    24 of 255 as in the paper and by 18 with group norm, after 1,500 steps; by 9 with both, after
-    1,000.
+    Two more things differ from the paper, since most of a picture shall stay as it is. Instance
+    norm takes the mean out of each channel, and with it the colour of the sky; group norm leaves
+    the differences between the channels of a group. And the last convolution sees the picture
+    itself beside the features. In trials on drawn animals the sky and the ground of translated
+    horses were wrong by 24 of 255 as in the paper and by 18 with group norm, after 1,500 steps; by
+    9 with both, and with weights of 3 and 1.5 in place of 10 and 5, after 1,000.
     """
 
     def __init__(self, config):
@@ -309,6 +312,8 @@ class Discriminator(nn.Module):
     what the animal is doing is the cycle's business. Why 70: a verdict sees r = 1 pixel of the
     map, and below a convolution with kernel 4 and stride s it sees s (r - 1) + 4. From the last
     convolution to the first, with strides 1, 1, 2, 2, 2: 1 -> 4 -> 7 -> 16 -> 34 -> 70.
+    (Of a picture of 64x64 it sees all, but from its own place; and through the norms a little of
+    all is in every verdict.)
     """
 
     def __init__(self, config):
@@ -328,22 +333,23 @@ class Discriminator(nn.Module):
 
 
 def verdict_loss(verdicts, wanted):
-    """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With logs
-    instead, a fake that is clearly on the wrong side hardly teaches any more; squares pull on
-    every fake until it is where real ones are. Zhu et al. (section 4) found them more stable."""
+    """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With logs, as
+    in gan.py, a fake that already passes for real teaches hardly anything more, however odd it is;
+    squares pull until its verdict is 1. Zhu et al. (section 4) found them more stable."""
     return (verdicts - wanted).square().mean()
 
 
 class Buffer:
     """Past fakes. A detective who sees but the latest ones forgets the older tricks, and the two
-    may go in circles. She gets, with equal chance, a fresh one or one from the past, which the
-    fresh one replaces (Shrivastava et al. 2016, section 2.3; Zhu et al. 2017, section 4)."""
+    may go in circles. Once the buffer is full she gets, with equal chance, a fresh one or one from
+    the past, which the fresh one replaces (Zhu et al. 2017, section 4, after Shrivastava et al.
+    2016, section 2.3)."""
 
     def __init__(self, size):
         self.size, self.pictures = size, []
 
     def swap(self, fakes):
-        """Fakes (B, 3, H, W) -> as many, fresh or past, that have forgotten how they were made."""
+        """Fakes (B, 3, H, W) -> as many, fresh or past, cut off from the translator's graph."""
         given = []
         for fake in fakes.detach():
             if len(self.pictures) < self.size:
@@ -352,7 +358,7 @@ class Buffer:
                 i = int(torch.randint(self.size, ()))
                 fake, self.pictures[i] = self.pictures[i], fake.clone()
             given.append(fake)
-        return torch.stack(given)
+        return torch.stack([picture.to(fakes.device) for picture in given])
 
     def state_dict(self):
         return {"pictures": self.pictures}
@@ -378,15 +384,17 @@ def translators_turn(G, D, optimizer, a, b, config):
     cycle     there and back again, each picture shall be what it was. Without it any zebra would
               do as the translation of any horse, the same one for all
     identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
-              nothing keeps the sky from changing its colour, as long as it changes back
+              little keeps the sky from changing its colour, as long as it changes back
 
-    In the paper cycle counts 10 and identity 5. Here, where the picture itself is before the last
-    convolution, that makes copying too comfortable: one direction did nothing else for 1,000 steps.
+    In the paper cycle counts 10, and identity, where it is used, 5. Here, where the last
+    convolution sees the picture itself, that makes copying too comfortable: one direction did
+    nothing else for 1,000 steps.
 
-    The last two are L1, absolute differences: where a pixel may be black or white, squares make
-    grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay sharp.
+    Cycle and identity are L1, absolute differences: where a pixel may be black or white, squares
+    make grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay
+    sharper.
     """
-    D.requires_grad_(False)
+    D.requires_grad_(False)  # gradients pass through the detectives; their weights get none
     n, kinds = len(a), 2 if config.identity_weight else 1
     as_b, *same_b = G.to_b(torch.cat([a, b][:kinds])).split(n)     # one batch of two is faster
     as_a, *same_a = G.to_a(torch.cat([b, a][:kinds])).split(n)     # than two of one
@@ -401,7 +409,8 @@ def translators_turn(G, D, optimizer, a, b, config):
 
 
 def detectives_turn(D, optimizer, real, fakes):
-    """One step of both detectives; ``real`` and ``fakes`` are pairs (of A, of B)."""
+    """One step of both detectives; ``real`` and ``fakes`` are pairs (of A, of B), the fakes of A
+    made from B. Halved, as in the paper: detectives shall learn more slowly than translators."""
     D.requires_grad_(True)
     loss = 0
     for name, x, fake in zip("ab", real, fakes, strict=True):
@@ -431,13 +440,14 @@ def begin(net):
 
 
 def adam(net):
-    """Adam with half the usual momentum, as in the paper: what is right changes with every step of
-    the other side."""
+    """Adam with momentum 0.5 in place of 0.9, as the paper's authors have it: what is right changes
+    with every step of the other side."""
     return torch.optim.Adam(net.parameters(), betas=(0.5, 0.999), fused=True)
 
 
 def averaged(model):
-    """The mean of the translators' weights over the last 200 steps or so; gan.py says why."""
+    """The mean of the translators' weights over the last 200 steps or so: the two sides chase each
+    other in circles, and the middle of a circle is better than a point of it (gan.py)."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
 
 
@@ -459,13 +469,13 @@ def train(config):
     past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
     run = Run(config, model=G, discriminators=D, average=average, past_a=past_a, past_b=past_b,
               optimizer_g=optimizer_g, optimizer_d=optimizer_d)
-    model, piles = average.module, load_piles(config, training=not run.finished)
+    averages, piles = average.module, load_piles(config, training=not run.finished)
     test = [pile.float() / 255 for pile in piles[2:4]]
     if not run.finished:
-        run.same_data(*piles[:4])
+        run.same_data(piles.train_a, piles.train_b)
     for step in run.steps():
         if step == 0 or run.due(10):
-            run.film(both_ways(model, test))
+            run.film(both_ways(averages, test))
         for optimizer in (optimizer_g, optimizer_d):
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
         rows = run.batch_rows(len(piles.train_a))  # and for each of them a partner of chance
@@ -478,14 +488,14 @@ def train(config):
         run.log(**detectives_turn(D, optimizer_d, (a, b), fakes))
         average.update_parameters(G)
         if run.due(5):  # now and then, to see how it comes on
-            draw_translations(run, model, test)
+            draw_translations(run, averages, test)
     if not run.finished:
-        draw_training(run, model, test)
-        run.finish(judge(model, piles))
-    draw_translations(run, model, test)
-    translate_all(run, model, files)
+        draw_training(run, averages, test)
+        run.finish(judge(averages, piles))
+    draw_translations(run, averages, test)
+    translate_all(run, averages, files)
     run.report()
-    return model.eval()
+    return averages.eval()
 
 
 # ==== 5. Translating ==============================================================================
@@ -515,14 +525,16 @@ def load(path, device="cpu"):
 
 
 def targets(files, folder):
-    """Where the translation of each picture goes: STEM.png, NAME.EXT.png where stems are equal, and
-    the whole path, with dashes, where names are equal too."""
-    names = {name: (Path(name).stem, Path(name).name, name.replace("/", "-")) for name in files}
-    paths = {}
-    for name, choices in names.items():
-        for kind, choice in enumerate(choices):
-            if [other[kind].lower() for other in names.values()].count(choice.lower()) == 1:
-                break
+    """Where the translation of each picture goes: STEM.png, or NAME.EXT.png where stems are equal,
+    with a number where names are equal too."""
+    stems, paths, taken = Counter(Path(name).stem.lower() for name in files), {}, set()
+    for name in files:
+        path = Path(name)
+        choice = path.stem if stems[path.stem.lower()] == 1 else path.name
+        numbered = (f"{path.name}-{i}" for i in range(2, len(files) + 2))
+        while choice.lower() in taken:  # lower case: to some file systems a.png is A.png
+            choice = next(numbered)
+        taken.add(choice.lower())
         paths[name] = folder / f"{choice}.png"
     return paths
 
@@ -557,7 +569,8 @@ def translate_all(run, model, files):
 
 def judge(model, piles):
     """Mean absolute error of finding the way back, 0 to 255, both ways; for the drawn animals also
-    the error against the truth, on the coat and beside it, and that of copying the input."""
+    the error against the truth, on the animal and beside it, its PSNR, 10 log10 (255^2 / mean
+    squared error), and all that for copying the input."""
     figures = {}
     for to, x in (("B", piles.test_a), ("A", piles.test_b)):
         x = x[:model.config.test_images].float()
@@ -652,7 +665,7 @@ def check_config(config):
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
         if f.name in ("kind", "generator", "data") and value != f.default:
-            special.append(Path(value).resolve().stem)
+            special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
 
 

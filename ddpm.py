@@ -675,7 +675,7 @@ def check_config(config):
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
         if f.name in ("kind", "generator", "data") and value != f.default:
-            special.append(Path(value).resolve().stem)
+            special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
 
 

@@ -2002,7 +2002,7 @@ def test_gan_refuses_in_one_line(forger, data, tmp_path, capsys, words, needle):
 
 def tiny_cycle(**settings):
     torch.manual_seed(0)
-    config = cyclegan.Config(width=8, blocks=1, image_size=16, **settings)
+    config = cyclegan.Config(width=8, blocks=1, image_size=24, **settings)
     return cyclegan.begin(cyclegan.Translators(config))
 
 
@@ -2015,6 +2015,8 @@ def test_drawn_animals_differ_on_the_coat_alone():
     bare = mask.expand(-1, 3, -1, -1) == 0  # sky and ground, but for hair: mane and tail
     assert difference[~bare].mean() > 30 and difference[bare].mean() < 1.5
     assert not torch.equal(horses, cyclegan.draw_animals(8, "u", False)[0])
+    for size in (24, 28, 100):
+        assert cyclegan.draw_animals(2, "t", True, size)[0].shape == (2, 3, size, size)
 
 
 def test_discriminator_sees_70_pixels():
@@ -2022,6 +2024,7 @@ def test_discriminator_sees_70_pixels():
     D.layers = nn.Sequential(*[m for m in D.layers if not isinstance(m, nn.GroupNorm)])
     x = torch.randn(1, 3, 128, 128, requires_grad=True)
     verdicts = D(x)
+    assert D(x[:, :, :24, :24]).shape == (1, 1, 1, 1)  # the smallest --image-size
     middle = verdicts.shape[2] // 2
     (slope,) = torch.autograd.grad(verdicts[0, 0, middle, middle], x)
     for side in (2, 3):
@@ -2083,7 +2086,7 @@ def test_cycle_losses_against_hand_values():
 
 
 def test_each_turn_leaves_the_other_side_as_it_was():
-    G, config = tiny_cycle(), cyclegan.Config(width=8, blocks=1, image_size=16)
+    G, config = tiny_cycle(), cyclegan.Config(width=8, blocks=1, image_size=24)
     D = cyclegan.begin(nn.ModuleDict({side: cyclegan.Discriminator(config) for side in "ab"}))
     optimizers = [torch.optim.Adam(net.parameters(), lr=0.01) for net in (G, D)]
     a, b = torch.rand(2, 2, 3, 32, 32)
@@ -2271,6 +2274,8 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     sizes = [struct.unpack(">2I", made[name][16:24]) for name in sorted(made)]
     assert sizes == [(18, 33), (40, 17), (16, 16)]
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
+    assert cyclegan.main(["--out", str(out), "--test-images", "2"]) == 0  # judged again, that is all
+    assert rows_of(out)[-1]["test_cycle_B"] != rows_of(cycled)[-1]["test_cycle_B"]
 
 
 def test_translate_never_writes_over_its_input(cycled, tmp_path, capsys):
@@ -2283,7 +2288,7 @@ def test_translate_never_writes_over_its_input(cycled, tmp_path, capsys):
     (tmp_path / "a" / "torn.png").write_bytes(photograph((20, 20))[:60])
     assert cyclegan.main([*words, str(tmp_path / "a")]) == 0
     made = sorted(p.name for p in (out / "translated").iterdir())
-    assert made == ["1.png.png", "2.PNG.png", "2.jpg.png", "3.png", "b-1.png.png"]
+    assert made == ["1.png-2.png", "1.png.png", "2.PNG.png", "2.jpg.png", "3.png"]
     assert "left out 2 of 7" in capsys.readouterr().err
     before = {p: p.read_bytes() for p in out.rglob("*.png")}
     assert cyclegan.main([*words, str(out)]) == 2
@@ -2314,8 +2319,14 @@ def test_cyclegan_on_drawn_animals_and_on_two_folders(tmp_path):
         (tmp_path / pile).mkdir()
         for i in range(11):
             (tmp_path / pile / f"{i:02}.png").write_bytes(photograph(shade=i))
-    config = cyclegan.Config(data=f"{tmp_path / 'a'},{tmp_path / 'b'}", image_size=16)
+    config = cyclegan.Config(data=f"{tmp_path / 'a'},{tmp_path / 'b'}", image_size=24)
     assert [len(pile) for pile in cyclegan.load_piles(config)[:4]] == [10, 10, 1, 1]
+    assert config.out == str(Path("out", "cyclegan-a-b"))
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        (tmp_path / "few" / f"{i}.png").write_bytes(photograph(shade=i))
+    config = cyclegan.Config(data=f"{tmp_path / 'few'},{tmp_path / 'b'}", image_size=24)
+    assert [len(pile) for pile in cyclegan.load_piles(config)[:4]] == [2, 10, 1, 1]
 
 
 @pytest.mark.parametrize("words, needle", [
