@@ -2274,7 +2274,7 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     sizes = [struct.unpack(">2I", made[name][16:24]) for name in sorted(made)]
     assert sizes == [(18, 33), (40, 17), (16, 16)]
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
-    assert cyclegan.main(["--out", str(out), "--test-images", "2"]) == 0  # judged again, that is all
+    assert cyclegan.main(["--out", str(out), "--test-images", "2"]) == 0  # judged again
     assert rows_of(out)[-1]["test_cycle_B"] != rows_of(cycled)[-1]["test_cycle_B"]
 
 
