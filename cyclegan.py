@@ -613,8 +613,8 @@ def both_ways(model, test):
 def draw_training(run, model, test):
     """training.png: the same test pictures from first step to last, in 32 shades of each colour,
     which halves the file."""
-    run.film(both_ways(model, test))
-    sheets = [grid((frame / 255 * 31).round() / 31, 4, 1) for frame in run.frames]
+    frames = [frame / 255 for frame in run.frames] + [both_ways(model, test)]
+    sheets = [grid((frame * 31).round() / 31, 4, 1) for frame in frames]
     run.write("training.png", png(sheets[-1], sheets, milliseconds=400))
 
 
@@ -925,8 +925,8 @@ class Run:
             self.sums.setdefault(name, []).append(number)
 
     def film(self, images):
-        """Pictures (N, C, H, W) in [0, 1], kept as the next of 21 frames at most of a film."""
-        if len(self.frames) > 20:  # the run was made longer: every second one stays
+        """Pictures (N, C, H, W) in [0, 1], kept as the next of 20 frames at most of a film."""
+        if len(self.frames) > 19:  # the run was made longer: every second one stays
             del self.frames[1::2]
         self.frames.append((images.cpu() * 255).round().byte())
 

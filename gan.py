@@ -21,8 +21,8 @@ every new forgery. If the forger wins, the detective is left with tossing a coin
     python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gpu     on a GPU
 
 Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
-last), interpolation.png, mixing.png and truncation.png (of styles), neighbours.png (each sample
-above the training picture nearest to it), metrics.csv, checkpoint.pt. The same command again goes
+last), interpolation.png, mixing.png and truncation.png (of styles), neighbours.png (twenty samples,
+each above the training picture nearest to it), metrics.csv, checkpoint.pt. The same command again goes
 on where it stopped, with the settings of the checkpoint where none are given; on a finished model
 it only samples (--seed 1: other samples).
 
@@ -214,7 +214,7 @@ class StyleGAN(nn.Module):
         layers = []
         for _ in range(4):
             layers += [nn.Linear(L, L), nn.LeakyReLU(0.2)]
-            nn.init.kaiming_normal_(layers[-2].weight, a=0.2)  # or w would start near 0 for every z
+            nn.init.kaiming_normal_(layers[-2].weight, a=0.2)  # or z would hardly count in w
             nn.init.zeros_(layers[-2].bias)
         self.mapping = nn.Sequential(*layers)
         self.constant = nn.Parameter(torch.randn(1, self.levels[0][1], *[self.levels[0][0]] * 2))
@@ -301,7 +301,7 @@ class Discriminator(nn.Module):
 # ==== 5. The duel =================================================================================
 # The detective D wants log D(x) + log(1 - D(G(z))) high, the forger G wants it low: the minimax
 # game of Goodfellow et al. 2014 (equation 1). With D the sigmoid of a logit, log D = -softplus of
-# minus the logit: finite for any logit, where the log of a sigmoid would be minus infinity.
+# minus the logit: finite for any logit, where the log of a sigmoid that has become 0 would not be.
 
 
 def detective_loss(real, fake):
@@ -318,7 +318,8 @@ def forger_loss(fake):
 
 def r1_penalty(discriminator, real):
     """Mean over real pictures of the squared gradient of the logit by the pixels, halved
-    (Mescheder et al. 2018, equation 9). Without it D keeps moving when fakes are right."""
+    (Mescheder et al. 2018, equation 9). Without it D keeps moving when fakes are right. (Through
+    the spread of its group a picture moves its neighbours' logits, too; that is in the sum.)"""
     real = real.detach().requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return 0.5 * slope.square().sum((1, 2, 3)).mean()
@@ -446,7 +447,7 @@ def sample(model, n, truncation=1.0, seed=None):
     """n new pictures -> floats (n, C, H, W) in [0, 1].
 
     truncation below 1 keeps to what it paints best: dcgan's z, or stylegan's w seen from its mean,
-    are multiplied by it (Karras et al. 2018, appendix B). The same seed gives the same pictures;
+    are multiplied by it (for w: Karras et al. 2018, appendix B). The same seed gives the same pictures;
     None draws from torch's global generator.
     """
     noise, device = None if seed is None else seeded(seed, "sample"), model_device(model)
@@ -551,18 +552,18 @@ def draw_samples(run, model):
 
 def draw_training(run, model):
     """training.png: the same z from first step to last; the still image is what they became."""
-    run.film(sample(model, 24, seed="film"))
-    sheets = [grid(frame / 255, 8) for frame in run.frames]
+    frames = [frame / 255 for frame in run.frames] + [sample(model, 24, seed="film")]
+    sheets = [grid(frame, 8) for frame in frames]
     run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
 
 
 def draw_strips(run, model, columns=10, rows=4):
-    """interpolation.png: from z to z, along the arc that keeps their lengths; for stylegan, too,
+    """interpolation.png: from z to z, along an arc of about their length; for stylegan, too,
     mixing.png (coarse styles of the left column, fine ones of the top row) and truncation.png."""
     config, device = run.config, model_device(model)
     z, *noise = model.draw(2 * rows, seeded(config.seed, "strips"))
     noise = [[x[:1].to(device) for x in part] for part in noise]
-    way = torch.linspace(0, math.pi / 2, columns)[:, None]
+    way = torch.linspace(0, math.pi / 2, columns, device=device)[:, None]
     with evaluating(model):
         arc = torch.cat([way.cos() * a + way.sin() * b for a, b in z.to(device).split(2)])
         more = [[x.expand(len(arc), -1, -1, -1) for x in part] for part in noise]
@@ -914,8 +915,8 @@ class Run:
             self.sums.setdefault(name, []).append(number)
 
     def film(self, images):
-        """Pictures (N, C, H, W) in [0, 1], kept as the next of 21 frames at most of a film."""
-        if len(self.frames) > 20:  # the run was made longer: every second one stays
+        """Pictures (N, C, H, W) in [0, 1], kept as the next of 20 frames at most of a film."""
+        if len(self.frames) > 19:  # the run was made longer: every second one stays
             del self.frames[1::2]
         self.frames.append((images.cpu() * 255).round().byte())
 

@@ -944,8 +944,8 @@ class Run:
             self.sums.setdefault(name, []).append(number)
 
     def film(self, images):
-        """Pictures (N, C, H, W) in [0, 1], kept as the next of 21 frames at most of a film."""
-        if len(self.frames) > 20:  # the run was made longer: every second one stays
+        """Pictures (N, C, H, W) in [0, 1], kept as the next of 20 frames at most of a film."""
+        if len(self.frames) > 19:  # the run was made longer: every second one stays
             del self.frames[1::2]
         self.frames.append((images.cpu() * 255).round().byte())
 
