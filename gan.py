@@ -21,10 +21,10 @@ every new forgery. If the forger wins, the detective is left with tossing a coin
     python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gpu     on a GPU
 
 Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
-last), interpolation.png, mixing.png and truncation.png (of styles), neighbours.png (twenty samples,
-each above the training picture nearest to it), metrics.csv, checkpoint.pt. The same command again goes
-on where it stopped, with the settings of the checkpoint where none are given; on a finished model
-it only samples (--seed 1: other samples).
+last), interpolation.png, mixing.png and truncation.png (of styles), neighbours.png (twenty
+samples, each above the training picture nearest to it), metrics.csv, checkpoint.pt. The same
+command again goes on where it stopped, with the settings of the checkpoint where none are given;
+on a finished model it only samples (--seed 1: other samples).
 
 On two cores the plain command trains for some 190 s. On MNIST 16,000 steps of dcgan take 570 s and
 reach fid 2.8; 10,000 of stylegan with --latent-dim 64 take 440 s, and fid 3.1 to 4.2, by seed
@@ -447,8 +447,8 @@ def sample(model, n, truncation=1.0, seed=None):
     """n new pictures -> floats (n, C, H, W) in [0, 1].
 
     truncation below 1 keeps to what it paints best: dcgan's z, or stylegan's w seen from its mean,
-    are multiplied by it (for w: Karras et al. 2018, appendix B). The same seed gives the same pictures;
-    None draws from torch's global generator.
+    are multiplied by it (for w: Karras et al. 2018, appendix B). The same seed gives the same
+    pictures; None draws from torch's global generator.
     """
     noise, device = None if seed is None else seeded(seed, "sample"), model_device(model)
     drawn = model.draw(n, noise)
