@@ -1234,6 +1234,15 @@ def test_batches_are_from_the_text_and_differ(text, tmp_path, monkeypatch):
     assert len({start // 32 for start in epoch}) > 0.85 * len(stream) / 32
 
 
+def test_shares_of_a_batch(monkeypatch):
+    assert torch.equal(gpt.my_share(torch.arange(4)), torch.arange(4))
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert torch.equal(gpt.my_share(torch.arange(4)), torch.tensor([1, 3]))
+    with pytest.raises(gpt.UserError, match="--batch-size 3"):
+        gpt.my_share(torch.arange(3))
+
+
 def test_two_ranks_end_where_one_process_does(text, tmp_path):
     """torchrun, two processes, gloo: the same batch in halves, the same weights, files once."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -1250,7 +1259,7 @@ def test_two_ranks_end_where_one_process_does(text, tmp_path):
     for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
         assert a == pytest.approx(b, rel=1e-3)
-    # A stop reaches all ranks, after the same step. And a batch that does not divide is refused.
+    # A stop reaches all ranks, after the same step.
     words = gpt_words(text, tmp_path / "stop", steps=10**6)
     with subprocess.Popen([*torchrun, HERE / "gpt.py", *words], stderr=subprocess.PIPE) as process:
         shown = b""
@@ -1262,10 +1271,6 @@ def test_two_ranks_end_where_one_process_does(text, tmp_path):
     assert process.returncode and "goes on" in error
     state = weights(tmp_path / "stop")
     assert 20 <= state["step"] == steps_taken(state) < 10**6
-    words = gpt_words(text, tmp_path / "o", batch_size=3)
-    done = subprocess.run([*torchrun, HERE / "gpt.py", *words], capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode and "gpt.py: error: --batch-size 3" in done.stderr
 
 
 def test_the_manual():
