@@ -224,6 +224,7 @@ class StyleGAN(nn.Module):
             self.convs.append(StyledConv(before, width if i == 0 else 4 * width, L))
             self.convs.append(StyledConv(width, width, L))
             before = width
+        # How loud the noise is in each channel: not at all, at first.
         self.strength = nn.ParameterList(torch.zeros(width) for _, width in self.levels
                                          for _ in range(2))
         self.paint = StyledConv(before, 4 * channels, L)
@@ -247,7 +248,8 @@ class StyleGAN(nn.Module):
         return self.styles(z.to(self.constant.device))[:1].mean(1, keepdim=True)
 
     def render(self, styles, noise):
-        """styles (layers, B, L), noise as drawn -> pictures."""
+        """styles (layers, B, L), noise as drawn -> pictures. The sqrt(2) gives back what leaky ReLU
+        takes from the mean square; the last layer, which paints, is not demodulated (StyleGAN2)."""
         x = self.constant.expand(styles.shape[1], -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)
         for i, (layer, w) in enumerate(zip(self.convs, styles, strict=False)):
@@ -292,7 +294,7 @@ class Discriminator(nn.Module):
     def forward(self, x):
         x = self.body(x.contiguous(memory_format=torch.channels_last))             # (B, c, h, w)
         group = 4 if len(x) % 4 == 0 else 1
-        y = x.permute(0, 2, 3, 1).reshape(len(x) // group, group, -1)              # as it lies
+        y = x.permute(0, 2, 3, 1).reshape(len(x) // group, group, -1)  # (B / 4, 4, h w c)
         spread = ((y - y.mean(1, keepdim=True)).square().mean(1) + 1e-8).sqrt().mean(1)
         spread = spread.repeat_interleave(group)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         return self.head(torch.cat([x, spread], 1)).flatten()
@@ -360,7 +362,8 @@ def forge(generator, n, mixing=0.0):
     (z, noise), (other, _) = generator.draw(n), generator.draw(n)
     a, b = generator.styles(z.to(device)), generator.styles(other.to(device))
     layer = torch.arange(len(a))[:, None]                                         # (layers, 1)
-    cut = torch.randint(1, len(a), (n,)) + len(a) * (torch.rand(n) >= mixing)     # (n,)
+    # Where the second style begins, (n,); for the rest past the last layer: they have one style.
+    cut = torch.randint(1, len(a), (n,)) + len(a) * (torch.rand(n) >= mixing)
     styles = torch.where((layer < cut)[:, :, None].to(device), a, b)
     return generator.render(styles, [x.to(device) for x in noise])
 
