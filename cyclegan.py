@@ -287,7 +287,7 @@ class Generator(nn.Module):
     itself beside the features. In trials on drawn animals the sky and the ground of translated
     horses were wrong by 24 of 255 as in the paper and by 18 with group norm, after 1,500 steps; by
     9 with both, and with weights of cycle and identity of 3 and 1.5 in place of 10 and 5, after
-    1,000. (Weights of 3 and 3 then took the error on the animals from 71 to 66, and from 30 to 27.)
+    1,000. README has these trials.
     """
 
     def __init__(self, config):
