@@ -220,8 +220,8 @@ def load_piles(config, training=True):
     # Training crops from pictures a little larger, as the authors do. As bytes in memory the 2,401
     # training pictures of horse2zebra take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
     larger = math.ceil(size * 286 / 256)
-    train = [read_pictures(pile[:None if training else 1], larger) for pile in files[:2]]
-    return Piles(*train, *(read_pictures(pile[:count], size) for pile in files[2:]))
+    train = [read_pictures(pile[:None if training else 1], larger)[0] for pile in files[:2]]
+    return Piles(*train, *(read_pictures(pile[:count], size)[0] for pile in files[2:]))
 
 
 def download_set(name, data_dir):
@@ -1059,12 +1059,14 @@ def read_picture(name, read, size=None):
 
 
 def read_pictures(files, size):
-    """(name, read) pairs -> bytes (N, 3, size, size). What cannot be read is left out, with a word
-    about it; UserError where nothing is left."""
-    pictures, troubles = [], []
-    for name, read in tqdm(files, desc="reading", leave=False, delay=1, disable=not leading()):
+    """(name, read) pairs -> bytes (N, 3, size, size), and which of the pairs they are. What cannot
+    be read is left out, with a word about it; UserError where nothing is left."""
+    pictures, kept, troubles = [], [], []
+    bar = tqdm(files, desc="reading", leave=False, delay=1, disable=not leading())
+    for i, (name, read) in enumerate(bar):
         try:
             pictures.append(read_picture(name, read, size))
+            kept.append(i)
         except UserError as error:
             troubles.append(str(error))
     if troubles and (not pictures or "pip install" in troubles[0]):
@@ -1072,7 +1074,7 @@ def read_pictures(files, size):
     if troubles and leading():
         print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
               file=sys.stderr)
-    return torch.stack(pictures)
+    return torch.stack(pictures), kept
 # ---- end block ----
 
 

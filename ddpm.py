@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "tqdm>=4.66"]
+# dependencies = ["torch>=2.13", "tqdm>=4.66", "pillow>=10"]
 # ///
 # SPDX-License-Identifier: MIT
 """The diffusion model: noise destroys a picture step by step; undo it, beginning with static.
@@ -60,8 +60,10 @@ def knob(default, about, *within):
 class Config:
     """Every setting, model first; the command line is made from it."""
     diffusion_steps: int = knob(1000, "T, steps from a picture to static", 2, 10**5)
-    width: int = knob(32, "channels at 14x14, 3 times as many at 7x7; a multiple of 8", 8, 1024)
-    blocks: int = knob(2, "residual blocks at 7x7, attention after each", 1, 100)
+    width: int = knob(32, "channels at half the size, thrice at a quarter; in eights", 8, 1024)
+    blocks: int = knob(2, "residual blocks at a quarter, attention after each", 1, 100)
+    image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
+    channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     vocab_size: int = knob(256, "most words that captions may use", 2, 2**16)
     drop_caption: float = knob(0.1, "share of pictures shown without caption", 0, 1)
     unseen: str = knob("thin upright two, bold upright four, thin slanted nine, bold slanted seven",
@@ -75,7 +77,8 @@ class Config:
     eta: float = knob(0.0, "share of fresh noise in them: 0 DDIM, 1 DDPM", 0, 1)
     test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
-    data: str = knob("digits", "digits (drawn here), mnist, fashion, or a folder of IDX files")
+    data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
+                     "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
@@ -86,6 +89,7 @@ class Config:
         check_config(self)
         if self.width % 8:
             fail(f"--width {self.width} must be a multiple of 8")
+        settle_shape(self, 4)
         if self.sampling_steps > self.diffusion_steps:
             fail(f"--sampling-steps {self.sampling_steps} are more than --diffusion-steps "
                  f"{self.diffusion_steps}")
@@ -93,7 +97,8 @@ class Config:
 
 # ==== 1. Pictures and what is said of them ========================================================
 # load_images (block `images`, below) has all pictures in memory, as bytes, and a name for each kind
-# of them. B is the batch; C, H, W are the channels, height and width of a picture, here 1, 28, 28.
+# of them. B is the batch; C, H, W are the channels, height and width of a picture: 1, 28, 28, or in
+# colour 3, 32, 32; shapes beside the code are those of 28x28.
 
 
 def caption(name):
@@ -281,7 +286,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    r"""x_t (B, 1, H, W), t (B,), tokens (B, words) -> a guess of x_0 (B, 1, H, W).
+    r"""x_t (B, C, H, W), t (B,), tokens (B, words) -> a guess of x_0 (B, C, H, W).
 
     28x28 --fold--> 14x14 -> Residual --------------- skip ----------------> Residual -> unfold
                                   \--fold--> 7x7 -> Residuals, Attention --unfold--/
@@ -293,12 +298,13 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, width, size = config, config.width, 128
+        self.config, width, size, C = config, config.width, 128, config.channels
+        self.shape = (C, config.image_size, config.image_size)
         self.alpha_bar = cosine_schedule(config.diffusion_steps)  # on the CPU, exact, no weight
         self.prompt = PromptEncoder(config.vocab_size, size)
         self.time = nn.Sequential(nn.Linear(64, size), nn.SiLU(), nn.Linear(size, size))
         self.fold1, self.unfold1 = nn.PixelUnshuffle(2), nn.PixelShuffle(2)
-        self.into = nn.Conv2d(4, width, kernel_size=3, padding=1)
+        self.into = nn.Conv2d(4 * C, width, kernel_size=3, padding=1)
         self.down = Residual(width, width, size)
         self.fold2 = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, 3 * width, 1))
         self.middle = nn.ModuleList(Residual(3 * width, 3 * width, size)
@@ -307,7 +313,7 @@ class UNet(nn.Module):
         self.unfold2 = nn.Sequential(nn.Conv2d(3 * width, 4 * width, 1), nn.PixelShuffle(2))
         self.up = Residual(2 * width, width, size)
         self.norm = nn.GroupNorm(8, width)
-        self.out = nn.Conv2d(width, 4, kernel_size=3, padding=1)
+        self.out = nn.Conv2d(width, 4 * C, kernel_size=3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -322,7 +328,7 @@ class UNet(nn.Module):
         for block, attention in zip(self.middle, self.attention, strict=True):
             x = attention(block(x, e))
         x = self.up(torch.cat([self.unfold2(x), skip], dim=1), e)                # (B, w, 14, 14)
-        x = self.unfold1(self.out(F.silu(self.norm(x)))).float()                 # (B, 1, 28, 28)
+        x = self.unfold1(self.out(F.silu(self.norm(x)))).float()                 # (B, C, 28, 28)
         return k / signal * given + (1 - k).sqrt() * x
 
 
@@ -330,14 +336,14 @@ class UNet(nn.Module):
 
 
 def draw_batch(model, labels, table):
-    """All that chance decides in a step: t (B,), eps (B, 1, 28, 28), tokens (B, words).
+    """All that chance decides in a step: t (B,), eps (B, C, H, W), tokens (B, words).
 
     t is spread evenly over 1 ... T, at random only in between (Kingma et al. 2021,
     arXiv:2107.00630, appendix I.1): steps differ less in how hard their lesson is.
     """
     B, T = len(labels), model.config.diffusion_steps
     t = 1 + ((torch.randperm(B) + torch.rand(B)) / B * T).long().clamp(max=T - 1)
-    eps = torch.randn(B, 1, 28, 28)
+    eps = torch.randn(B, *model.shape)
     tokens = table[labels, torch.randint(table.shape[1], (B,))]
     tokens[torch.rand(B) < model.config.drop_caption] = 0  # so it knows pictures without words, too
     return t, eps, tokens
@@ -450,13 +456,13 @@ def guided(model, x, t, tokens, guidance):
 
 
 def denoise(model, prompts, sampling_steps, guidance, eta, seed):
-    """Yield x (N, 1, 28, 28) in [-1, 1]: static, then the picture after each step."""
+    """Yield x (N, C, H, W) in [-1, 1]: static, then the picture after each step."""
     noise = None if seed is None else seeded(seed, "sample")
     device, T = model.out.weight.device, model.config.diffusion_steps
     tokens = model.prompt.tokens(prompts).to(device)
     guidance = torch.as_tensor(guidance, dtype=torch.float32).expand(len(prompts)).to(device)
     times = torch.linspace(T, 0, sampling_steps + 1).round().long().tolist()
-    x = torch.randn(len(prompts), 1, 28, 28, generator=noise).to(device)
+    x = torch.randn(len(prompts), *model.shape, generator=noise).to(device)
     yield x
     for t, s in zip(times[:-1], times[1:], strict=True):
         with evaluating(model):
@@ -469,7 +475,7 @@ def denoise(model, prompts, sampling_steps, guidance, eta, seed):
 
 
 def sample(model, prompts, sampling_steps=25, guidance=2.0, eta=0.0, seed=None):
-    """A picture for each of the prompts, a list of N str -> floats (N, 1, 28, 28) in [0, 1].
+    """A picture for each of the prompts, a list of N str -> floats (N, C, H, W) in [0, 1].
 
     ``guidance`` is a number, or one for each. sampling_steps = T with eta = 1 is the ancestral
     chain. The same seed gives the same pictures; None draws from torch's global generator.
@@ -520,7 +526,7 @@ def log_decoder(x0, mean, sigma):
 
 
 def bits_per_dim(model, images, every=1, seed=None):
-    """The bound L in bits per pixel, prompt empty: (B, C, H, W) in [0, 1], of 256 levels -> (B,).
+    """The bound L in bits per value, prompt empty: (B, C, H, W) in [0, 1], 256 levels -> (B,).
 
     All T terms, or for ``every`` > 1 each of them for one picture in ``every``, as an estimate of
     the mean.
@@ -622,8 +628,8 @@ def main(argv=None):
 # What they ask of this file: its name in checkpoints and folders, the settings that may not change
 # once training has begun, and those on whose change a trained model is judged again.
 NAME = "ddpm"
-FIXED = ("diffusion_steps", "width", "blocks", "vocab_size", "drop_caption", "unseen", "data",
-         "batch_size", "seed")
+FIXED = ("diffusion_steps", "width", "blocks", "image_size", "channels", "vocab_size",
+         "drop_caption", "unseen", "data", "batch_size", "seed")
 JUDGING = ("test_images",)
 
 
@@ -632,7 +638,8 @@ def prepare(run, *models):
     """-> Images, and what may be said of each kind as tokens (kinds, captions, words)."""
     config, unseen = run.config, unseen_names(run.config)
     with leader_first():
-        data = without(load_images(config.data, config.data_dir), unseen)
+        data = load_images(config.data, config.data_dir, config.image_size, config.channels)
+        data = without(data, unseen)
     run.same_data(data.train, data.test)
     for model in models:
         model.prompt.learn([name for name in data.names if name not in unseen])
@@ -1067,12 +1074,14 @@ def read_picture(name, read, size=None):
 
 
 def read_pictures(files, size):
-    """(name, read) pairs -> bytes (N, 3, size, size). What cannot be read is left out, with a word
-    about it; UserError where nothing is left."""
-    pictures, troubles = [], []
-    for name, read in tqdm(files, desc="reading", leave=False, delay=1, disable=not leading()):
+    """(name, read) pairs -> bytes (N, 3, size, size), and which of the pairs they are. What cannot
+    be read is left out, with a word about it; UserError where nothing is left."""
+    pictures, kept, troubles = [], [], []
+    bar = tqdm(files, desc="reading", leave=False, delay=1, disable=not leading())
+    for i, (name, read) in enumerate(bar):
         try:
             pictures.append(read_picture(name, read, size))
+            kept.append(i)
         except UserError as error:
             troubles.append(str(error))
     if troubles and (not pictures or "pip install" in troubles[0]):
@@ -1080,18 +1089,20 @@ def read_pictures(files, size):
     if troubles and leading():
         print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
               file=sys.stderr)
-    return torch.stack(pictures)
+    return torch.stack(pictures), kept
 # ---- end block ----
 
 
 # ---- block: images (the same in every file) ----
-# Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
-# Needs the blocks runs and pictures.
+# Small pictures and what each of them shows, in memory as bytes: drawn here, from IDX files, from
+# CIFAR-10's archive, or photographs. Needs the blocks runs and pictures.
+import tarfile
 from collections import namedtuple
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
            "bag", "ankle boot"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 PUBLISHED = {  # mirrors, and for each file a sha256 of its content or, if short, an md5 of the .gz
@@ -1119,8 +1130,26 @@ HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 
     ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
 
 
-# Pictures are bytes (N, 1, 28, 28); labels (N,) say which of the names each one shows.
+# Pictures are bytes (N, C, H, W); labels (N,) say which of the names each one shows.
 Images = namedtuple("Images", "train train_labels test test_labels names")
+
+
+def is_photographs(name):
+    """Whether this is a .zip, or a folder other than one of IDX files."""
+    path = Path(name)
+    here = name not in ("digits", "cifar10", *PUBLISHED) and path.exists()
+    return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
+
+
+def settle_shape(config, multiple):
+    """Give ``channels`` and ``image_size`` the data's own where they are 0; check both."""
+    colour = config.data == "cifar10" or is_photographs(config.data)
+    config.channels = config.channels or (3 if colour else 1)
+    config.image_size = config.image_size or (32 if colour else 28)
+    if config.channels == 2:
+        fail("--channels takes 1 or 3, or 0 for what the data has")
+    if config.image_size % multiple:
+        fail(f"--image-size {config.image_size} must be a multiple of {multiple}")
 
 
 def draw_digits(count, seed):
@@ -1183,17 +1212,10 @@ def read_idx(path, digest=""):
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
 
 
-def load_images(name, data_dir):
-    """``digits``, ``mnist``, ``fashion`` or a folder with the four IDX files -> Images."""
-    if name == "digits":
-        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
-        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
-        return Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+def read_idx_files(name, data_dir):
+    """mnist, fashion or a folder with the four IDX files -> Images, (N, 1, 28, 28)."""
     *mirrors, digests = PUBLISHED.get(name, [[""] * 4])
-    folder = Path(data_dir, name) if mirrors else Path(name)
-    if not mirrors and not folder.is_dir():
-        fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
-    tensors = []
+    folder, tensors = Path(data_dir, name) if mirrors else Path(name), []
     for file, digest in zip(IDX_FILES, digests, strict=True):
         path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
         if mirrors and not path.exists():
@@ -1208,6 +1230,91 @@ def load_images(name, data_dir):
         fail(f"{folder}: a label is above 9")
     names = FASHION if name == "fashion" else DIGITS
     return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
+
+
+def read_cifar10(data_dir):
+    """CIFAR-10's binary archive, read in memory -> Images, (N, 3, 32, 32)."""
+    path = Path(data_dir, "cifar10", "cifar-10-binary.tar.gz")
+    if not path.exists():
+        download([f"https://www.cs.toronto.edu/~kriz/{path.name}"], path,
+                 "c32a1d4ab5d03f1284b67883e8d87530")
+    try:
+        with gzip.open(path) as file:  # 184 MB; whatever unpacks to more is cut
+            archive = tarfile.open(fileobj=io.BytesIO(file.read(1 << 28)), mode="r:")
+        parts = []
+        for batches in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in batches]
+            records = torch.frombuffer(bytearray(b"".join(file.read() for file in files)),
+                                       dtype=torch.uint8).view(-1, 1 + 3 * 32 * 32)
+            if records[:, 0].max() > 9:
+                raise ValueError("a label is above 9")
+            parts += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()]
+    except (OSError, EOFError, KeyError, AttributeError, ValueError, RuntimeError, IndexError,
+            tarfile.TarError, zlib.error) as error:
+        fail(f"{path} is not a good CIFAR-10 archive: {error}")
+    return Images(*parts, CIFAR10)
+
+
+def read_photographs(path, size):
+    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square.
+
+    The innermost folder names what a picture shows; where there is none, it is a "picture". Folders
+    train and test say what is what; if one is missing, every tenth picture, by name, is held out.
+    """
+    files, labels, splits = picture_files(path), [], []
+    for name in files:
+        *folders, _ = name.lower().split("/")
+        kinds = [folder for folder in folders if folder not in ("train", "test")]
+        words = kinds[-1].replace("_", " ").replace("-", " ").split() if kinds else []
+        labels.append(" ".join(words) or "picture")
+        splits.append({"train", "test"} & set(folders))
+    tested = [split == {"test"} for split in splits]
+    if not any(tested) or {"train"} not in splits:
+        every = min(10, len(files))
+        tested = [i % every == every - 1 for i in range(len(files))]
+    names, parts = sorted(set(labels)), []
+    for held_out in (False, True):
+        some = [(file, names.index(label)) for file, label, test in
+                zip(files.items(), labels, tested, strict=True) if test == held_out]
+        if not some:
+            fail(f"{path}: no IDX files, and fewer than two pictures, one of them to judge on")
+        pictures, kept = read_pictures([file for file, _ in some], size)
+        parts += [pictures, torch.tensor([label for _, label in some])[kept]]
+    return Images(*parts, names)
+
+
+def fitted(pictures, size, channels):
+    """Bytes (N, 1 or 3, H, W) -> (N, channels, size, size); grey is 0.3 R + 0.59 G + 0.11 B."""
+    if pictures.shape[1:] == (channels, size, size):
+        return pictures
+    parts = []
+    for some in pictures.split(1000):
+        if some.shape[1] > channels:
+            grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+            some = (some * grey).sum(1, keepdim=True).round().byte()
+        if some.shape[2] != size:
+            some = F.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
+        parts.append(some.round().byte().expand(-1, channels, -1, -1))
+    return torch.cat(parts)
+
+
+def load_images(name, data_dir, size=28, channels=1):
+    """digits, mnist, fashion, cifar10, a folder of IDX files, or photographs -> Images."""
+    if name == "digits":
+        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
+        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
+        data = Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+    elif name == "cifar10":
+        data = read_cifar10(data_dir)
+    elif is_photographs(name):
+        data = read_photographs(name, size)
+    elif name in PUBLISHED or Path(name).is_dir():
+        data = read_idx_files(name, data_dir)
+    else:
+        fail(f"no data set {name}: give digits, mnist, fashion, cifar10, a folder of IDX files, or "
+             "a folder or .zip of photographs")
+    return data._replace(train=fitted(data.train, size, channels),
+                         test=fitted(data.test, size, channels))
 # ---- end block ----
 
 

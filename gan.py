@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "tqdm>=4.66"]
+# dependencies = ["torch>=2.13", "tqdm>=4.66", "pillow>=10"]
 # ///
 # SPDX-License-Identifier: MIT
 """The adversarial network: a forger and a detective, and what becomes of their duel.
@@ -63,7 +63,8 @@ class Config:
     generator: str = knob("stylegan", "stylegan, in styles, or dcgan", "stylegan", "dcgan")
     latent_dim: int = knob(16, "numbers in z, and in w; 64 for long runs of stylegan", 1, 512)
     width: int = knob(16, "channels at half the picture's size; a multiple of 8", 8, 512)
-    image_size: int = knob(28, "28, or a power of two from 16 on", 16, 1024)
+    image_size: int = knob(0, "28, or a power of two from 16; 0: 28, or 32 in colour", 0, 1024)
+    channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
     r1_every: int = knob(8, "counted once in so many steps, so many times as heavily", 1, 1000)
     mixing: float = knob(0.5, "share of stylegan's fakes in two styles", 0, 1)
@@ -74,7 +75,8 @@ class Config:
     export: int = knob(0, "write so many samples into export/, as PNG files", 0, 10**6)
     test_images: int = knob(2000, "held-out pictures to judge on", 10, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
-    data: str = knob("digits", "digits (drawn here), mnist, fashion, or a folder of IDX files")
+    data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
+                     "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
@@ -87,26 +89,20 @@ class Config:
             fail(f"--width {self.width} must be a multiple of 8")
         if self.batch_size % 4:
             fail(f"--batch-size {self.batch_size} must be a multiple of 4")
-        if self.image_size != 28 and self.image_size & (self.image_size - 1):
-            fail(f"--image-size {self.image_size} must be 28 or a power of two")
+        settle_shape(self, 4)
+        if self.image_size != 28 and (self.image_size & (self.image_size - 1) or
+                                      self.image_size < 16):
+            fail(f"--image-size {self.image_size} must be 28, or a power of two from 16 on")
 
 
 # ==== 1. The pictures =============================================================================
 # load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
-# the channels, height and width of a picture, here 1, 28, 28; L is latent_dim.
+# the channels, height and width of a picture: 1, 28, 28, or in colour 3, 32, 32; L is latent_dim.
 
 
 def scaled(pictures):
     """Bytes 0 to 255 -> floats -1 to 1."""
     return pictures.float() / 127.5 - 1
-
-
-def resized(pictures, size):
-    """Bytes (N, C, H, W) -> (N, C, size, size)."""
-    if pictures.shape[2] == size:
-        return pictures
-    return torch.cat([F.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
-                      .round().byte() for some in pictures.split(1000)])
 
 
 def levels(config):
@@ -148,9 +144,10 @@ def conv(inside, outside):
 class DCGAN(nn.Module):
     """The forger: z (B, L) -> pictures (B, C, H, W) in [-1, 1]."""
 
-    def __init__(self, config, channels=1):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.shape = config, (channels, config.image_size, config.image_size)
+        self.config = config
+        self.shape = (config.channels, config.image_size, config.image_size)
         (size, width), *finer = levels(config)
         self.first = nn.Sequential(nn.Linear(config.latent_dim, width * size * size),
                                    nn.Unflatten(1, (width, size, size)))
@@ -160,7 +157,8 @@ class DCGAN(nn.Module):
                        nn.PixelShuffle(2)]                         # twice the height and width
             width = narrower
             layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, width)]
-        layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, 4 * channels), nn.PixelShuffle(2)]
+        layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, 4 * config.channels),
+                   nn.PixelShuffle(2)]
         self.layers = nn.Sequential(*layers)
 
     def draw(self, n, generator=None):
@@ -207,9 +205,10 @@ class StyledConv(nn.Module):
 class StyleGAN(nn.Module):
     """The forger in styles: z (B, L), noise -> pictures (B, C, H, W) in [-1, 1]."""
 
-    def __init__(self, config, channels=1):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.shape = config, (channels, config.image_size, config.image_size)
+        self.config = config
+        self.shape = (config.channels, config.image_size, config.image_size)
         L, self.levels = config.latent_dim, levels(config)
         layers = []
         for _ in range(4):
@@ -227,7 +226,7 @@ class StyleGAN(nn.Module):
         # How loud the noise is in each channel: not at all, at first.
         self.strength = nn.ParameterList(torch.zeros(width) for _, width in self.levels
                                          for _ in range(2))
-        self.paint = StyledConv(before, 4 * channels, L)
+        self.paint = StyledConv(before, 4 * config.channels, L)
 
     def draw(self, n, generator=None):
         """All that chance decides in n pictures: z (n, L), and noise for each place of each layer,
@@ -279,9 +278,9 @@ class Discriminator(nn.Module):
     away. In groups of four, neighbours in the batch.
     """
 
-    def __init__(self, config, channels=1):
+    def __init__(self, config):
         super().__init__()
-        layers, before = [], channels
+        layers, before = [], config.channels
         for _, width in levels(config)[::-1]:
             layers += [nn.PixelUnshuffle(2), conv(4 * before, width), nn.LeakyReLU(0.2),
                        conv(width, width), nn.LeakyReLU(0.2)]            # half the height and width
@@ -415,9 +414,9 @@ def train(config):
     run = Run(config, model=G, discriminator=D, average=ema,
               optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     if not run.finished:
-        data = load_images(config.data, config.data_dir)
+        data = load_images(config.data, config.data_dir, config.image_size, config.channels)
         run.same_data(data.train, data.test)
-        train, test = (resized(x, config.image_size) for x in (data.train, data.test))
+        train, test = data.train, data.test
         for step in run.steps():
             if step == 0 or run.due(20):
                 run.film(sample(ema.module, 24, seed="film"))
@@ -620,8 +619,8 @@ def main(argv=None):
 # What they ask of this file: its name in checkpoints and folders, the settings that may not change
 # once training has begun, and those on whose change a trained model is judged again.
 NAME = "gan"
-FIXED = ("generator", "latent_dim", "width", "image_size", "r1", "r1_every", "mixing", "data",
-         "batch_size", "seed")
+FIXED = ("generator", "latent_dim", "width", "image_size", "channels", "r1", "r1_every", "mixing",
+         "data", "batch_size", "seed")
 JUDGING = ("test_images",)
 
 
@@ -1050,12 +1049,14 @@ def read_picture(name, read, size=None):
 
 
 def read_pictures(files, size):
-    """(name, read) pairs -> bytes (N, 3, size, size). What cannot be read is left out, with a word
-    about it; UserError where nothing is left."""
-    pictures, troubles = [], []
-    for name, read in tqdm(files, desc="reading", leave=False, delay=1, disable=not leading()):
+    """(name, read) pairs -> bytes (N, 3, size, size), and which of the pairs they are. What cannot
+    be read is left out, with a word about it; UserError where nothing is left."""
+    pictures, kept, troubles = [], [], []
+    bar = tqdm(files, desc="reading", leave=False, delay=1, disable=not leading())
+    for i, (name, read) in enumerate(bar):
         try:
             pictures.append(read_picture(name, read, size))
+            kept.append(i)
         except UserError as error:
             troubles.append(str(error))
     if troubles and (not pictures or "pip install" in troubles[0]):
@@ -1063,18 +1064,20 @@ def read_pictures(files, size):
     if troubles and leading():
         print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
               file=sys.stderr)
-    return torch.stack(pictures)
+    return torch.stack(pictures), kept
 # ---- end block ----
 
 
 # ---- block: images (the same in every file) ----
-# Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
-# Needs the blocks runs and pictures.
+# Small pictures and what each of them shows, in memory as bytes: drawn here, from IDX files, from
+# CIFAR-10's archive, or photographs. Needs the blocks runs and pictures.
+import tarfile
 from collections import namedtuple
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
            "bag", "ankle boot"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 PUBLISHED = {  # mirrors, and for each file a sha256 of its content or, if short, an md5 of the .gz
@@ -1102,8 +1105,26 @@ HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 
     ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
 
 
-# Pictures are bytes (N, 1, 28, 28); labels (N,) say which of the names each one shows.
+# Pictures are bytes (N, C, H, W); labels (N,) say which of the names each one shows.
 Images = namedtuple("Images", "train train_labels test test_labels names")
+
+
+def is_photographs(name):
+    """Whether this is a .zip, or a folder other than one of IDX files."""
+    path = Path(name)
+    here = name not in ("digits", "cifar10", *PUBLISHED) and path.exists()
+    return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
+
+
+def settle_shape(config, multiple):
+    """Give ``channels`` and ``image_size`` the data's own where they are 0; check both."""
+    colour = config.data == "cifar10" or is_photographs(config.data)
+    config.channels = config.channels or (3 if colour else 1)
+    config.image_size = config.image_size or (32 if colour else 28)
+    if config.channels == 2:
+        fail("--channels takes 1 or 3, or 0 for what the data has")
+    if config.image_size % multiple:
+        fail(f"--image-size {config.image_size} must be a multiple of {multiple}")
 
 
 def draw_digits(count, seed):
@@ -1166,17 +1187,10 @@ def read_idx(path, digest=""):
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
 
 
-def load_images(name, data_dir):
-    """``digits``, ``mnist``, ``fashion`` or a folder with the four IDX files -> Images."""
-    if name == "digits":
-        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
-        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
-        return Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+def read_idx_files(name, data_dir):
+    """mnist, fashion or a folder with the four IDX files -> Images, (N, 1, 28, 28)."""
     *mirrors, digests = PUBLISHED.get(name, [[""] * 4])
-    folder = Path(data_dir, name) if mirrors else Path(name)
-    if not mirrors and not folder.is_dir():
-        fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
-    tensors = []
+    folder, tensors = Path(data_dir, name) if mirrors else Path(name), []
     for file, digest in zip(IDX_FILES, digests, strict=True):
         path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
         if mirrors and not path.exists():
@@ -1191,6 +1205,91 @@ def load_images(name, data_dir):
         fail(f"{folder}: a label is above 9")
     names = FASHION if name == "fashion" else DIGITS
     return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
+
+
+def read_cifar10(data_dir):
+    """CIFAR-10's binary archive, read in memory -> Images, (N, 3, 32, 32)."""
+    path = Path(data_dir, "cifar10", "cifar-10-binary.tar.gz")
+    if not path.exists():
+        download([f"https://www.cs.toronto.edu/~kriz/{path.name}"], path,
+                 "c32a1d4ab5d03f1284b67883e8d87530")
+    try:
+        with gzip.open(path) as file:  # 184 MB; whatever unpacks to more is cut
+            archive = tarfile.open(fileobj=io.BytesIO(file.read(1 << 28)), mode="r:")
+        parts = []
+        for batches in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in batches]
+            records = torch.frombuffer(bytearray(b"".join(file.read() for file in files)),
+                                       dtype=torch.uint8).view(-1, 1 + 3 * 32 * 32)
+            if records[:, 0].max() > 9:
+                raise ValueError("a label is above 9")
+            parts += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()]
+    except (OSError, EOFError, KeyError, AttributeError, ValueError, RuntimeError, IndexError,
+            tarfile.TarError, zlib.error) as error:
+        fail(f"{path} is not a good CIFAR-10 archive: {error}")
+    return Images(*parts, CIFAR10)
+
+
+def read_photographs(path, size):
+    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square.
+
+    The innermost folder names what a picture shows; where there is none, it is a "picture". Folders
+    train and test say what is what; if one is missing, every tenth picture, by name, is held out.
+    """
+    files, labels, splits = picture_files(path), [], []
+    for name in files:
+        *folders, _ = name.lower().split("/")
+        kinds = [folder for folder in folders if folder not in ("train", "test")]
+        words = kinds[-1].replace("_", " ").replace("-", " ").split() if kinds else []
+        labels.append(" ".join(words) or "picture")
+        splits.append({"train", "test"} & set(folders))
+    tested = [split == {"test"} for split in splits]
+    if not any(tested) or {"train"} not in splits:
+        every = min(10, len(files))
+        tested = [i % every == every - 1 for i in range(len(files))]
+    names, parts = sorted(set(labels)), []
+    for held_out in (False, True):
+        some = [(file, names.index(label)) for file, label, test in
+                zip(files.items(), labels, tested, strict=True) if test == held_out]
+        if not some:
+            fail(f"{path}: no IDX files, and fewer than two pictures, one of them to judge on")
+        pictures, kept = read_pictures([file for file, _ in some], size)
+        parts += [pictures, torch.tensor([label for _, label in some])[kept]]
+    return Images(*parts, names)
+
+
+def fitted(pictures, size, channels):
+    """Bytes (N, 1 or 3, H, W) -> (N, channels, size, size); grey is 0.3 R + 0.59 G + 0.11 B."""
+    if pictures.shape[1:] == (channels, size, size):
+        return pictures
+    parts = []
+    for some in pictures.split(1000):
+        if some.shape[1] > channels:
+            grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+            some = (some * grey).sum(1, keepdim=True).round().byte()
+        if some.shape[2] != size:
+            some = F.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
+        parts.append(some.round().byte().expand(-1, channels, -1, -1))
+    return torch.cat(parts)
+
+
+def load_images(name, data_dir, size=28, channels=1):
+    """digits, mnist, fashion, cifar10, a folder of IDX files, or photographs -> Images."""
+    if name == "digits":
+        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
+        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
+        data = Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+    elif name == "cifar10":
+        data = read_cifar10(data_dir)
+    elif is_photographs(name):
+        data = read_photographs(name, size)
+    elif name in PUBLISHED or Path(name).is_dir():
+        data = read_idx_files(name, data_dir)
+    else:
+        fail(f"no data set {name}: give digits, mnist, fashion, cifar10, a folder of IDX files, or "
+             "a folder or .zip of photographs")
+    return data._replace(train=fitted(data.train, size, channels),
+                         test=fitted(data.test, size, channels))
 # ---- end block ----
 
 

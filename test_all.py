@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -422,7 +423,7 @@ def test_judge_weighs_a_short_last_batch_rightly(data):
     images = vae.load_images(str(data), "")
     model = tiny_vae(kind="ae", test_images=45)
     figures = vae.judge(model, images.test)
-    x = vae.binarise(images.test, vae.seeded("test"))
+    x = vae.scaled(images.test, vae.seeded("test"))
     with torch.no_grad():
         expected = vae.log_bernoulli(model.decode(model.encode(x)[0]), x).mean().item()
     assert figures == {"test_reconstruction": pytest.approx(expected, rel=1e-5)}
@@ -543,7 +544,7 @@ def test_what_a_run_leaves(reference, capsys):
 def test_python_names(data, reference):
     model = vae.load(reference / "checkpoint.pt")
     assert not model.training and model.config.latent_dim == 2
-    x = vae.binarise(vae.load_images(str(data), "").test[:5])
+    x = vae.scaled(vae.load_images(str(data), "").test[:5])
     mean, logvar = model.encode(x)
     assert mean.shape == logvar.shape == (5, 2) and model.decode(mean).shape == (5, 1, 28, 28)
     assert vae.log_likelihood(model, x, 4, seed=0).shape == (5,)
@@ -2190,7 +2191,8 @@ def test_photographs_are_read(tmp_path, capsys):
     for path in (tmp_path / "all", tmp_path / "all.zip"):
         files = cyclegan.picture_files(path)
         assert [name for name in files if not name.startswith(".")] == names
-        pictures = cyclegan.read_pictures([(name, files[name]) for name in names], 16)
+        pictures, kept = cyclegan.read_pictures([(name, files[name]) for name in names], 16)
+        assert kept == [0, 1, 2, 4]
         assert pictures.shape == (4, 3, 16, 16) and pictures.dtype == torch.uint8
         assert (pictures[0] == torch.tensor([120, 10, 200])[:, None, None]).all()
         assert (pictures[3] == 120).all()
@@ -2232,6 +2234,204 @@ def test_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(cyclegan.UserError, match="pip install pillow"):
         cyclegan.read_pictures([("1.png", photograph)], 16)
+
+
+# ==== Colour ======================================================================================
+
+
+def write_pile(path, names, shades=range(10, 250, 3)):
+    """Pictures of these names, each in a shade of its own, into a folder or a .zip."""
+    files = {name: photograph(shade=shade) for name, shade in zip(names, shades, strict=False)}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    for name, content in files.items() if path.suffix != ".zip" else ():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pile(tmp_path_factory):
+    """Twenty pictures of two kinds, and eight of them to judge on."""
+    kinds = [f"{part}/{kind}/{i}.png" for part, count in (("train", 20), ("test", 8))
+             for kind in ("Great_Dane", "cat") for i in range(count // 2)]
+    return write_pile(tmp_path_factory.mktemp("colour") / "pile", kinds)
+
+
+@pytest.mark.parametrize("end", ["", ".zip"])
+def test_folders_are_kinds(tmp_path, capsys, end):
+    """train and test say what is what; else each tenth is held out; what is broken takes its label
+    with it."""
+    names = ["x/train/cat/1.png", "x/train/Great_Dane/2.png", "x/train/cat/3.png",
+             "x/test/cat/4.png", "x/test/owl/5.png"]
+    path = write_pile(tmp_path / f"split{end}", names)
+    data = vae.load_images(str(path), "", 16, 3)
+    assert data.names == ["cat", "great dane", "owl"] and data.train.shape == (3, 3, 16, 16)
+    assert data.train_labels.tolist() == [1, 0, 0] and data.test_labels.tolist() == [0, 2]
+    assert data.train[:, 0, 0, 0].tolist() == [13, 10, 16]  # in the order of their names
+    names = [f"{'cat' if i % 2 else 'dog'}/{i // 2:02}.png" for i in range(25)]
+    data = vae.load_images(str(write_pile(tmp_path / f"mixed{end}", names)), "", 16, 3)
+    assert len(data.train) == 23 and data.test_labels.tolist() == [0, 1]  # cat/09 and dog/07
+    data = vae.load_images(str(write_pile(tmp_path / f"flat{end}", ["b.png", "a.png"])), "", 8, 1)
+    assert data.names == ["picture"] and data.train.shape == (1, 1, 8, 8)
+    luma = round(0.299 * 13 + 0.587 * 10 + 0.114 * 200)
+    assert (data.train == luma).all()
+    assert not capsys.readouterr().err
+    if not end:
+        (path / "x/train/cat/1.png").write_bytes(b"broken")
+        data = vae.load_images(str(path), "", 16, 3)
+        assert data.train_labels.tolist() == [1, 0] and data.train[:, 0, 0, 0].tolist() == [13, 16]
+        assert "left out 1 of 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_pictures(tmp_path, capsys, count):
+    path = write_pile(tmp_path / "few.zip", ["cat/1.png"][:count])
+    assert vae.main(["--data", str(path), "--out", str(tmp_path / "o")]) == 2
+    one_line(capsys, "few.zip", "fewer than two pictures")
+
+
+def cifar10(folder, damage=lambda files: files, cut=None):
+    """An archive as the published one, of three pictures a batch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    records = torch.randint(0, 256, (18, 3073), dtype=torch.uint8)
+    records[:, 0] = torch.arange(18) % 10
+    files = {f"data_batch_{i}.bin": records[3 * i - 3:3 * i] for i in range(1, 6)}
+    files["test_batch.bin"] = records[15:]
+    files = damage({name: bytes(x.flatten().tolist()) for name, x in files.items()})
+    memory = io.BytesIO()
+    with tarfile.open(fileobj=memory, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (folder / "cifar-10-binary.tar.gz").write_bytes(memory.getvalue()[:cut])
+    return records
+
+
+def test_cifar10_is_read_and_downloaded_once(tmp_path, monkeypatch):
+    records = cifar10(tmp_path / "there")
+    content = (tmp_path / "there" / "cifar-10-binary.tar.gz").read_bytes()
+    digests = []
+
+    def download(urls, path, digest):
+        digests.append(digest)
+        gan.write_file(path, content)
+
+    monkeypatch.setattr(gan, "download", download)
+    for _ in range(2):
+        data = gan.load_images("cifar10", str(tmp_path), 32, 3)
+    assert len(digests) == 1 and len(digests[0]) == 32
+    assert data.train.shape == (15, 3, 32, 32) and data.test.shape == (3, 3, 32, 32)
+    assert torch.equal(data.train.flatten(1), records[:15, 1:])
+    assert data.test_labels.tolist() == [5, 6, 7] and data.names[8] == "ship"
+    assert sorted(p.name for p in (tmp_path / "cifar10").iterdir()) == ["cifar-10-binary.tar.gz"]
+    assert gan.load_images("cifar10", str(tmp_path), 28, 1).train.shape == (15, 1, 28, 28)
+
+
+@pytest.mark.parametrize("damage, cut", [
+    (lambda files: {}, None), (lambda files: files, 900), (lambda files: files, 0),
+    (lambda files: files | {"test_batch.bin": b"\x0a" * 3073}, None),
+    (lambda files: files | {"test_batch.bin": b"\x01" * 3072}, None),
+    (lambda files: files | {"test_batch.bin": b""}, None)])
+def test_damaged_cifar10_is_refused(tmp_path, capsys, damage, cut):
+    cifar10(tmp_path / "d" / "cifar10", damage, cut)
+    words = ["--data", "cifar10", "--data-dir", str(tmp_path / "d"), "--out", str(tmp_path / "o")]
+    assert vae.main(words) == 2
+    one_line(capsys, "cifar-10-binary.tar.gz", "not a good CIFAR-10 archive")
+
+
+def test_colour_density_adds_up_to_one():
+    """Over all 256 values, wherever its middle is and however wide; and it is a share of area."""
+    x = (torch.arange(256) / 255)[:, None, None, None].expand(-1, 3, 1, 1)
+    for middle in (-0.5, 0.0, 0.3217, 1.0, 1.4):
+        for log_scale in (-6.5, -3.0, -1.0, 1.0):
+            scales = torch.tensor([log_scale, -2.0, 0.0])
+            parts = [vae.log_logistic(torch.full((256, 1, 1, 1), middle), scales[i:i + 1],
+                                      x[:, :1]).double() for i in range(3)]
+            for part in parts:
+                assert part.exp().sum().item() == pytest.approx(1, abs=1e-4)
+            together = vae.log_logistic(torch.full((256, 3, 1, 1), middle), scales, x)
+            torch.testing.assert_close(together, sum(parts).float())
+    ends = (torch.tensor([100.5, 99.5], dtype=torch.float64) / 255 - 0.45) / 0.1
+    share = ends.sigmoid()[0] - ends.sigmoid()[1]
+    got = vae.log_logistic(torch.full((1, 1, 1), 0.45), torch.tensor([0.1]).log(),
+                           torch.full((1, 1, 1), 100 / 255))
+    assert got.item() == pytest.approx(share.log().item(), abs=1e-4)
+    far = vae.log_logistic(torch.full((1, 1, 1), 9.), torch.tensor([-6.]), torch.zeros(1, 1, 1))
+    assert far.isfinite()
+
+
+def test_colour_likelihood_against_quadrature():
+    """log p(x) of a model with one latent number, by brute force over all z, in nats and bits."""
+    torch.manual_seed(0)
+    model = vae.VAE(vae.Config(latent_dim=1, width=2, channels=3, image_size=8))
+    with torch.no_grad():
+        model.log_scale.copy_(torch.tensor([1., 0.5, 0.]))
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    x, z = vae.scaled(images), torch.linspace(-8, 8, 4001)
+    prior = distributions.Normal(0, 1).log_prob(z) + math.log(z[1] - z[0])
+    with torch.no_grad():
+        fit = [vae.log_fit(model, z[:, None], picture.expand(4001, -1, -1, -1)) for picture in x]
+    expected = torch.stack([(f + prior).logsumexp(0) for f in fit])
+    got = vae.log_likelihood(model, x, 2000, seed=0)
+    torch.testing.assert_close(got, expected, atol=0.05, rtol=0)
+    figures = vae.judge(model, images)
+    assert figures["test_bits_per_dim"] == pytest.approx(
+        -figures["test_bound"] / (3 * 8 * 8) / math.log(2))
+
+
+@pytest.mark.parametrize("script, words, seen", [
+    (vae, [], "test_bits_per_dim"), (vae, ["--kind", "ae"], "test_reconstruction"),
+    (gan, ["--latent-dim", "8"], "test_variety"),
+    (gan, ["--generator", "dcgan"], "test_variety"),
+    (ddpm, ["--blocks", "1", "--diffusion-steps", "20", "--sampling-steps", "3", "--prompt",
+            "a great dane"], "test_bits_per_dim")],
+    ids=["vae", "ae", "stylegan", "dcgan", "ddpm"])
+def test_in_colour(script, words, seen, pile, tmp_path, capsys):
+    """Trained, judged, drawn and sampled in colour; then grey data or channels are refused."""
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--steps", "4", "--batch-size", "4", "--width", "8", "--samples",
+             "6", "--image-size", "16", *words]
+    with pytest.MonkeyPatch.context() as patch:
+        if script is gan:
+            patch.setattr(gan, "two_sample_accuracy", lambda *_: 0.5)
+        assert script.main(["--data", str(pile), *words]) == 0
+    with open(out / "metrics.csv", newline="") as file:
+        assert math.isfinite(float(list(csv.DictReader(file))[-1][seen]))
+    still, frames = decode_png((out / "samples.png").read_bytes())
+    assert still.shape[2] == 3 and not frames
+    model = script.load(out / "checkpoint.pt")
+    images = script.sample(model, ["a cat", ""] if script is ddpm else 2, seed=0)
+    assert images.shape == (2, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
+    capsys.readouterr()
+    for change in (["--data", "digits"], ["--channels", "1"], ["--image-size", "32"]):
+        assert script.main([*words, "--steps", "9", *change]) == 2
+        one_line(capsys, "began with", "--restart", script=script.__name__)
+
+
+def test_a_grey_model_refuses_colour(data, pile, tmp_path, capsys):
+    words = ["--out", str(tmp_path), "--steps", "2", "--width", "2", "--batch-size", "4",
+             "--test-images", "4", "--draws", "2"]
+    assert vae.main([*words, "--data", str(data)]) == 0
+    capsys.readouterr()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert vae.main([*words, "--data", str(pile)]) == 2
+    one_line(capsys, f"began with --data {data}")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("script, words, needle", [
+    (vae, ["--image-size", "30"], "multiple of 4"), (ddpm, ["--image-size", "18"], "multiple of 4"),
+    (gan, ["--image-size", "48"], "power of two"), (gan, ["--channels", "2"], "takes 1 or 3"),
+    (vae, ["--channels", "4"], "--channels takes 0 to 3"),
+    (ddpm, ["--image-size", "-4"], "--image-size takes")])
+def test_sizes_that_cannot_be(tmp_path, capsys, script, words, needle):
+    assert script.main([*words, "--out", str(tmp_path)]) == 2
+    one_line(capsys, needle, script=script.__name__)
 
 
 # ==== cyclegan.py as its users run it =============================================================

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "tqdm>=4.66"]
+# dependencies = ["torch>=2.13", "tqdm>=4.66", "pillow>=10"]
 # ///
 # SPDX-License-Identifier: MIT
 """The autoencoder and the variational autoencoder: squeeze a picture, rebuild it, dream up others.
@@ -59,14 +59,17 @@ class Config:
     beta: float = knob(1.0, "weight of the KL term (Higgins et al. 2017): more is smoother", 0, 1e4)
     importance: int = knob(1, "k of the bound L_k that the last 30 % of the steps raise", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
-    width: int = knob(16, "channels at 14x14, 3 times as many at 7x7", 1, 512)
+    width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
+    image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
+    channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
     learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
     draws: int = knob(100, "k of the importance-weighted bound", 1, 10**6)
     test_images: int = knob(1000, "held-out pictures to judge on; there are 10000", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
-    data: str = knob("digits", "digits (drawn here), mnist, fashion, or a folder of IDX files")
+    data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
+                     "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
@@ -75,22 +78,25 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
+        settle_shape(self, 4)
         if (self.kind == "ae") + (self.beta != 1) + (self.importance > 1) > 1:
             fail("--kind ae has no KL term and no L_k, and L_k no --beta: give one of the three")
 
 
 # ==== 1. The pictures =============================================================================
 # load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
-# the channels, height and width of a picture, here 1, 28, 28; L is latent_dim.
+# the channels, height and width of a picture: 1, 28, 28, or in colour 3, 32, 32. L is latent_dim.
 
 
-def binarise(pictures, generator=None):
-    """Bytes (B, 1, H, W) -> floats 0 or 1: a pixel is ink with the probability of its grey.
+def scaled(pictures, generator=None):
+    """Bytes (B, C, H, W) -> floats: of colour all 256 values, from 0 to 1. A grey pixel becomes 1,
+    ink, with the probability of its grey, else 0.
 
     Drawn afresh each time, so the data never quite repeat. And with pixels that are tosses of coins
     "the probability of this picture" has a meaning. (Burda et al. 2015, section 5, binarise so.)
     """
-    return torch.bernoulli(pictures.float() / 255, generator=generator)
+    x = pictures.float() / 255
+    return torch.bernoulli(x, generator=generator) if x.shape[1] == 1 else x
 
 
 # ==== 2. Two networks, into the bottleneck and out of it ==========================================
@@ -118,36 +124,39 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """q(z|x): pictures (B, 1, 28, 28) -> (B, 2 L), means and log variances of their codes: any
-    number is a log variance, and sigma = exp(logvar / 2) is positive by itself."""
+    """q(z|x): pictures (B, C, H, W) -> (B, 2 L), means and log variances of their codes: any number
+    is a log variance, and sigma = exp(logvar / 2) is positive by itself. Shapes are for 28x28."""
 
-    def __init__(self, latent_dim, width):
+    def __init__(self, config):
+        width, side = config.width, config.image_size // 4
         super().__init__(
-            nn.PixelUnshuffle(2),                                    # (B, 4, 14, 14)
-            nn.Conv2d(4, width, kernel_size=3, padding=1),           # (B, width, 14, 14)
+            nn.PixelUnshuffle(2),                                    # (B, 4 C, 14, 14)
+            nn.Conv2d(4 * config.channels, width, kernel_size=3, padding=1),  # (B, width, 14, 14)
             Residual(width),
             nn.PixelUnshuffle(2),                                    # (B, 4 width, 7, 7)
             nn.Conv2d(4 * width, 3 * width, kernel_size=1),          # (B, 3 width, 7, 7)
             Residual(3 * width), nn.SiLU(),
             nn.Flatten(),                                            # (B, 147 width)
-            nn.Linear(147 * width, 256), nn.SiLU(),
-            nn.Linear(256, 2 * latent_dim))                          # (B, 2 L)
+            nn.Linear(3 * width * side**2, 256), nn.SiLU(),
+            nn.Linear(256, 2 * config.latent_dim))                   # (B, 2 L)
 
 
 class Decoder(nn.Sequential):
-    """p(x|z): codes (B, L) -> logits (B, 1, 28, 28), the log odds of ink at every pixel."""
+    """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; of colour, where
+    each channel of each pixel most likely is."""
 
-    def __init__(self, latent_dim, width):
+    def __init__(self, config):
+        width, side = config.width, config.image_size // 4
         super().__init__(
-            nn.Linear(latent_dim, 256), nn.SiLU(),
-            nn.Linear(256, 147 * width),                             # (B, 147 width)
-            nn.Unflatten(1, (3 * width, 7, 7)),                      # (B, 3 width, 7, 7)
+            nn.Linear(config.latent_dim, 256), nn.SiLU(),
+            nn.Linear(256, 3 * width * side**2),                     # (B, 147 width)
+            nn.Unflatten(1, (3 * width, side, side)),                # (B, 3 width, 7, 7)
             Residual(3 * width), Residual(3 * width),
             nn.Conv2d(3 * width, 4 * width, kernel_size=1),          # (B, 4 width, 7, 7)
             nn.PixelShuffle(2),                                      # (B, width, 14, 14)
             Residual(width), nn.SiLU(),
-            nn.Conv2d(width, 4, kernel_size=3, padding=1),           # (B, 4, 14, 14)
-            nn.PixelShuffle(2))                                      # (B, 1, 28, 28)
+            nn.Conv2d(width, 4 * config.channels, kernel_size=3, padding=1),  # (B, 4 C, 14, 14)
+            nn.PixelShuffle(2))                                      # (B, C, 28, 28)
 
 
 class VAE(nn.Module):
@@ -156,20 +165,27 @@ class VAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.latent_dim, config.width)
-        self.decoder = Decoder(config.latent_dim, config.width)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        # Of colour p(x|z) is a bump around each value (below), this wide, learned for R, G and B.
+        self.log_scale = nn.Parameter(torch.full((3,), -2.0)) if config.channels == 3 else None
         # Sampling draws codes at prior_mean + prior_factor @ eps. That is N(0, I), the VAE's prior;
         # the autoencoder has none, and fit_gaussian moves this to where its codes turn out to lie.
         self.register_buffer("prior_mean", torch.zeros(config.latent_dim))
         self.register_buffer("prior_factor", torch.eye(config.latent_dim))
 
     def encode(self, x):
-        """Pictures (B, 1, H, W) of 0 and 1 -> mean, logvar, (B, L) each; ae: mean is the code."""
+        """Pictures (B, C, H, W), scaled -> mean, logvar, (B, L) each; ae: mean is the code."""
         return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z):
-        """Codes (B, L) -> logits (B, 1, H, W); their sigmoid is the probability of ink."""
+        """Codes (B, L) -> (B, C, H, W): logits, whose sigmoid is the probability of ink; of colour
+        the middle of each value's bump."""
         return self.decoder(z)
+
+    def picture(self, z):
+        """Codes (B, L) -> what they look like, (B, C, H, W) in [0, 1]."""
+        x = self.decode(z)
+        return x.sigmoid() if self.config.channels == 1 else x.clamp(0, 1)
 
     def place(self, eps):
         """Standard normal eps (B, L) -> the codes (B, L) that sampling draws."""
@@ -204,22 +220,45 @@ def log_bernoulli(logits, x):
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
 
+def log_logistic(middle, log_scale, x):
+    """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats.
+
+    A value is one of 256, and p is the area of a bell-shaped curve over its bin, 1/255 wide: the
+    logistic density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being
+    the bin's ends, seen from the middle, in units of the scale. (For 0 and 1 the bin reaches to
+    infinity, so that all 256 add up to 1.) As a product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)),
+    it does not vanish where both sigmoids are near 1. Kingma et al. 2016 (arXiv:1606.04934, 5.2).
+    """
+    scale = log_scale.exp()[:, None, None]
+    a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
+    low, high = F.logsigmoid(a), F.logsigmoid(-b)
+    inside = low + high + torch.log(-torch.expm1(-1 / 255 / scale))
+    return torch.where(x < 0.001, low, torch.where(x > 0.999, high, inside)).sum((-3, -2, -1))
+
+
+def log_fit(model, z, x):
+    """log p(x|z): codes (N, L), pictures (N, C, H, W) -> (N,), nats."""
+    if model.config.channels == 1:
+        return log_bernoulli(model.decode(z), x)
+    return log_logistic(model.decode(z), model.log_scale, x)
+
+
 def kl_divergence(mean, logvar):
     """KL( N(mean, sigma^2) || N(0, I) ): two (B, L) -> (B,), nats (Kingma, Welling, appendix B)."""
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
 
 
 def elbo_terms(model, x):
-    """Pictures (B, 1, H, W) of 0 and 1 -> reconstruction (B,) and KL (B,), nats per picture.
+    """Pictures (B, C, H, W), scaled -> reconstruction (B,) and KL (B,), nats per picture.
 
     The autoencoder's code is the mean itself, without noise and free of charge. In training nothing
     else differs.
     """
     mean, logvar = model.encode(x)
     if model.config.kind == "ae":
-        return log_bernoulli(model.decode(mean), x), torch.zeros_like(mean[:, 0])
+        return log_fit(model, mean, x), torch.zeros_like(mean[:, 0])
     z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    return log_bernoulli(model.decode(z), x), kl_divergence(mean, logvar)
+    return log_fit(model, z, x), kl_divergence(mean, logvar)
 
 
 # A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With k draws, each
@@ -232,13 +271,13 @@ def elbo_terms(model, x):
 
 
 def log_weights(model, x, k, generator=None):
-    """Pictures (B, 1, H, W) of 0 and 1 -> log w_1 ... log w_k for each of them, (B, k), nats."""
+    """Pictures (B, C, H, W), scaled -> log w_1 ... log w_k for each of them, (B, k), nats."""
     mean, logvar = (t[:, None] for t in model.encode(x))                                # (B, 1, L)
     eps = torch.randn(len(x), k, mean.shape[2], generator=generator,
                       device="cpu" if generator else x.device).to(x.device)             # (B, k, L)
     z = mean + (0.5 * logvar).exp() * eps
-    logits = model.decode(z.flatten(0, 1)).unflatten(0, (len(x), k))            # (B, k, 1, H, W)
-    return log_bernoulli(logits, x[:, None]) + 0.5 * (eps**2 + logvar - z**2).sum(2)
+    fit = log_fit(model, z.flatten(0, 1), x.repeat_interleave(k, 0)).unflatten(0, (len(x), k))
+    return fit + 0.5 * (eps**2 + logvar - z**2).sum(2)
     # the last term is log p(z) - log q(z|x), in which the constants of the two Gaussians cancel
 
 
@@ -262,12 +301,12 @@ def train(config):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     run = Run(config, model=model, optimizer=optimizer)
     if not run.finished:
-        data = load_images(config.data, config.data_dir)
+        data = load_images(config.data, config.data_dir, config.image_size, config.channels)
         run.same_data(data.train, data.test)
         pictures = data.train.to(device)  # MNIST's 60,000 are 47 MB
         for step in run.steps():
             # The next batch in this epoch's order, its coins tossed afresh.
-            x = binarise(pictures[run.batch_rows(len(pictures)).to(device)])
+            x = scaled(pictures[run.batch_rows(len(pictures)).to(device)])
             if step < 0.7 * config.steps or config.importance == 1:
                 # Encode, draw a code, decode: how well was it rebuilt, what did the code cost?
                 reconstruction, kl = elbo_terms(model, x)
@@ -298,14 +337,14 @@ def train(config):
 
 
 def mean_codes(model, pictures):
-    """Bytes (N, 1, H, W) -> the means of their codes, (N, L)."""
-    x, device = binarise(pictures.cpu(), seeded("codes")), model.prior_mean.device
+    """Bytes (N, C, H, W) -> the means of their codes, (N, L)."""
+    x, device = scaled(pictures.cpu(), seeded("codes")), model.prior_mean.device
     with evaluating(model):
         return torch.cat([model.encode(some.to(device))[0] for some in x.split(500)])
 
 
 def fit_gaussian(model, pictures):
-    """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, 1, H, W).
+    """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, C, H, W).
 
     The VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
     likes; a Gaussian around them covers much that is no code of a picture, and samples show it.
@@ -322,15 +361,15 @@ def fit_gaussian(model, pictures):
 
 
 def sample(model, n, seed=None):
-    """n new pictures, floats (n, 1, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
+    """n new pictures, floats (n, C, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
 
-    They are the probabilities of ink; tossing the coins would only add grain. The same seed gives
-    the same pictures; None draws from torch's global generator.
+    They are the probabilities of ink (of colour the likeliest values): tossing coins would only add
+    grain. The same seed gives the same pictures; None draws from torch's global generator.
     """
     noise = None if seed is None else seeded(seed, "sample")
     eps = torch.randn(n, model.config.latent_dim, generator=noise).to(model.prior_mean.device)
     with evaluating(model):
-        return torch.cat([model.decode(model.place(e)).sigmoid() for e in eps.split(500)])
+        return torch.cat([model.picture(model.place(e)) for e in eps.split(500)])
 
 
 def load(path, device="cpu"):
@@ -345,14 +384,15 @@ def load(path, device="cpu"):
 
 
 def weigh(model, images, k, generator):
-    """Yield pictures (b, 1, H, W) and their log weights (b, k), not over 1000 codes at a time."""
+    """Yield pictures (b, C, H, W) and their log weights (b, k), not over 1000 codes at a time."""
     for x in images.split(max(1, 1000 // k)):
         draws = torch.arange(k).split(1000)
         yield x, torch.cat([log_weights(model, x, len(some), generator) for some in draws], 1)
 
 
 def log_likelihood(model, images, k, seed=None):
-    """L_k, a lower bound on log p(x): pictures (B, 1, H, W) of 0 and 1 -> (B,), nats a picture."""
+    """L_k, a lower bound on log p(x): pictures (B, C, H, W), grey ones of 0 and 1, colour in [0, 1]
+    of 256 levels -> (B,), nats a picture."""
     if model.config.kind == "ae":
         fail("an autoencoder has no likelihood: its codes have no probability")
     noise = None if seed is None else seeded(seed, "draws")
@@ -362,10 +402,10 @@ def log_likelihood(model, images, k, seed=None):
 
 
 def judge(model, test):
-    """Means over the first ``test_images`` pictures, in nats per picture. The seeds are fixed: all
-    models are judged on the same tosses."""
+    """Means over the first ``test_images`` pictures, in nats per picture; of colour, bits for each
+    value as well. The seeds are fixed: all models are judged on the same tosses."""
     k, parts = model.config.draws, []
-    x = binarise(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
+    x = scaled(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
     with evaluating(model):
         if model.config.kind == "ae":
             rebuilt = torch.cat([elbo_terms(model, some)[0] for some in x.split(500)])
@@ -377,7 +417,10 @@ def judge(model, test):
             bar.update(len(some))
         bar.close()
     names = ("test_reconstruction", "test_kl", "test_elbo", "test_bound")
-    return dict(zip(names, torch.cat(parts, 1).mean(1).tolist(), strict=True))
+    figures = dict(zip(names, torch.cat(parts, 1).mean(1).tolist(), strict=True))
+    if model.config.channels == 3:
+        figures["test_bits_per_dim"] = -figures["test_bound"] / math.log(2) / x[0].numel()
+    return figures
 
 
 # ==== 7. Looking ==================================================================================
@@ -392,14 +435,14 @@ def draw_samples(run, model):
         steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
         eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)  # (400, 2)
         with evaluating(model):
-            run.write("map.png", png(grid(model.decode(model.place(eps)).sigmoid(), 20)))
+            run.write("map.png", png(grid(model.picture(model.place(eps)), 20)))
 
 
 def draw_reconstructions(run, model, test):
     """reconstructions.png: four rows of originals, in grey, below each what its tosses became."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
-        rebuilt = model.decode(mean_codes(model, test)).sigmoid().cpu()
+        rebuilt = model.picture(mean_codes(model, test)).cpu()
     pairs = torch.stack([(test / 255).unflatten(0, (4, 10)), rebuilt.unflatten(0, (4, 10))], 1)
     run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
 
@@ -414,7 +457,7 @@ def draw_walk(run, model, test, rows=3, columns=8, stops=4, frames=24):
         for frame in range(frames):
             leg, way = divmod(frame * stops / frames, 1)
             z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
-            film.append(model.decode(z).sigmoid().cpu())                      # (walkers, 1, H, W)
+            film.append(model.picture(z).cpu())                               # (walkers, C, H, W)
     still = torch.stack([frame[:rows] for frame in film[::frames // columns]], 1).flatten(0, 1)
     run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
 
@@ -428,7 +471,8 @@ def main(argv=None):
 # What they ask of this file: its name in checkpoints and folders, the settings that may not change
 # once training has begun, and those on whose change a trained model is judged again.
 NAME = "vae"
-FIXED = ("kind", "beta", "importance", "latent_dim", "width", "data", "batch_size", "seed")
+FIXED = ("kind", "beta", "importance", "latent_dim", "width", "image_size", "channels", "data",
+         "batch_size", "seed")
 JUDGING = ("draws", "test_images")
 
 
@@ -857,12 +901,14 @@ def read_picture(name, read, size=None):
 
 
 def read_pictures(files, size):
-    """(name, read) pairs -> bytes (N, 3, size, size). What cannot be read is left out, with a word
-    about it; UserError where nothing is left."""
-    pictures, troubles = [], []
-    for name, read in tqdm(files, desc="reading", leave=False, delay=1, disable=not leading()):
+    """(name, read) pairs -> bytes (N, 3, size, size), and which of the pairs they are. What cannot
+    be read is left out, with a word about it; UserError where nothing is left."""
+    pictures, kept, troubles = [], [], []
+    bar = tqdm(files, desc="reading", leave=False, delay=1, disable=not leading())
+    for i, (name, read) in enumerate(bar):
         try:
             pictures.append(read_picture(name, read, size))
+            kept.append(i)
         except UserError as error:
             troubles.append(str(error))
     if troubles and (not pictures or "pip install" in troubles[0]):
@@ -870,18 +916,20 @@ def read_pictures(files, size):
     if troubles and leading():
         print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
               file=sys.stderr)
-    return torch.stack(pictures)
+    return torch.stack(pictures), kept
 # ---- end block ----
 
 
 # ---- block: images (the same in every file) ----
-# Small pictures and what each of them shows, in memory as bytes: drawn here, or from IDX files.
-# Needs the blocks runs and pictures.
+# Small pictures and what each of them shows, in memory as bytes: drawn here, from IDX files, from
+# CIFAR-10's archive, or photographs. Needs the blocks runs and pictures.
+import tarfile
 from collections import namedtuple
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
            "bag", "ankle boot"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 PUBLISHED = {  # mirrors, and for each file a sha256 of its content or, if short, an md5 of the .gz
@@ -909,8 +957,26 @@ HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 
     ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
 
 
-# Pictures are bytes (N, 1, 28, 28); labels (N,) say which of the names each one shows.
+# Pictures are bytes (N, C, H, W); labels (N,) say which of the names each one shows.
 Images = namedtuple("Images", "train train_labels test test_labels names")
+
+
+def is_photographs(name):
+    """Whether this is a .zip, or a folder other than one of IDX files."""
+    path = Path(name)
+    here = name not in ("digits", "cifar10", *PUBLISHED) and path.exists()
+    return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
+
+
+def settle_shape(config, multiple):
+    """Give ``channels`` and ``image_size`` the data's own where they are 0; check both."""
+    colour = config.data == "cifar10" or is_photographs(config.data)
+    config.channels = config.channels or (3 if colour else 1)
+    config.image_size = config.image_size or (32 if colour else 28)
+    if config.channels == 2:
+        fail("--channels takes 1 or 3, or 0 for what the data has")
+    if config.image_size % multiple:
+        fail(f"--image-size {config.image_size} must be a multiple of {multiple}")
 
 
 def draw_digits(count, seed):
@@ -973,17 +1039,10 @@ def read_idx(path, digest=""):
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
 
 
-def load_images(name, data_dir):
-    """``digits``, ``mnist``, ``fashion`` or a folder with the four IDX files -> Images."""
-    if name == "digits":
-        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
-        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
-        return Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+def read_idx_files(name, data_dir):
+    """mnist, fashion or a folder with the four IDX files -> Images, (N, 1, 28, 28)."""
     *mirrors, digests = PUBLISHED.get(name, [[""] * 4])
-    folder = Path(data_dir, name) if mirrors else Path(name)
-    if not mirrors and not folder.is_dir():
-        fail(f"no data set {name}: give digits, mnist, fashion, or a folder of IDX files")
-    tensors = []
+    folder, tensors = Path(data_dir, name) if mirrors else Path(name), []
     for file, digest in zip(IDX_FILES, digests, strict=True):
         path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
         if mirrors and not path.exists():
@@ -998,6 +1057,91 @@ def load_images(name, data_dir):
         fail(f"{folder}: a label is above 9")
     names = FASHION if name == "fashion" else DIGITS
     return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
+
+
+def read_cifar10(data_dir):
+    """CIFAR-10's binary archive, read in memory -> Images, (N, 3, 32, 32)."""
+    path = Path(data_dir, "cifar10", "cifar-10-binary.tar.gz")
+    if not path.exists():
+        download([f"https://www.cs.toronto.edu/~kriz/{path.name}"], path,
+                 "c32a1d4ab5d03f1284b67883e8d87530")
+    try:
+        with gzip.open(path) as file:  # 184 MB; whatever unpacks to more is cut
+            archive = tarfile.open(fileobj=io.BytesIO(file.read(1 << 28)), mode="r:")
+        parts = []
+        for batches in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in batches]
+            records = torch.frombuffer(bytearray(b"".join(file.read() for file in files)),
+                                       dtype=torch.uint8).view(-1, 1 + 3 * 32 * 32)
+            if records[:, 0].max() > 9:
+                raise ValueError("a label is above 9")
+            parts += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()]
+    except (OSError, EOFError, KeyError, AttributeError, ValueError, RuntimeError, IndexError,
+            tarfile.TarError, zlib.error) as error:
+        fail(f"{path} is not a good CIFAR-10 archive: {error}")
+    return Images(*parts, CIFAR10)
+
+
+def read_photographs(path, size):
+    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square.
+
+    The innermost folder names what a picture shows; where there is none, it is a "picture". Folders
+    train and test say what is what; if one is missing, every tenth picture, by name, is held out.
+    """
+    files, labels, splits = picture_files(path), [], []
+    for name in files:
+        *folders, _ = name.lower().split("/")
+        kinds = [folder for folder in folders if folder not in ("train", "test")]
+        words = kinds[-1].replace("_", " ").replace("-", " ").split() if kinds else []
+        labels.append(" ".join(words) or "picture")
+        splits.append({"train", "test"} & set(folders))
+    tested = [split == {"test"} for split in splits]
+    if not any(tested) or {"train"} not in splits:
+        every = min(10, len(files))
+        tested = [i % every == every - 1 for i in range(len(files))]
+    names, parts = sorted(set(labels)), []
+    for held_out in (False, True):
+        some = [(file, names.index(label)) for file, label, test in
+                zip(files.items(), labels, tested, strict=True) if test == held_out]
+        if not some:
+            fail(f"{path}: no IDX files, and fewer than two pictures, one of them to judge on")
+        pictures, kept = read_pictures([file for file, _ in some], size)
+        parts += [pictures, torch.tensor([label for _, label in some])[kept]]
+    return Images(*parts, names)
+
+
+def fitted(pictures, size, channels):
+    """Bytes (N, 1 or 3, H, W) -> (N, channels, size, size); grey is 0.3 R + 0.59 G + 0.11 B."""
+    if pictures.shape[1:] == (channels, size, size):
+        return pictures
+    parts = []
+    for some in pictures.split(1000):
+        if some.shape[1] > channels:
+            grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+            some = (some * grey).sum(1, keepdim=True).round().byte()
+        if some.shape[2] != size:
+            some = F.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
+        parts.append(some.round().byte().expand(-1, channels, -1, -1))
+    return torch.cat(parts)
+
+
+def load_images(name, data_dir, size=28, channels=1):
+    """digits, mnist, fashion, cifar10, a folder of IDX files, or photographs -> Images."""
+    if name == "digits":
+        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
+        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
+        data = Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
+    elif name == "cifar10":
+        data = read_cifar10(data_dir)
+    elif is_photographs(name):
+        data = read_photographs(name, size)
+    elif name in PUBLISHED or Path(name).is_dir():
+        data = read_idx_files(name, data_dir)
+    else:
+        fail(f"no data set {name}: give digits, mnist, fashion, cifar10, a folder of IDX files, or "
+             "a folder or .zip of photographs")
+    return data._replace(train=fitted(data.train, size, channels),
+                         test=fitted(data.test, size, channels))
 # ---- end block ----
 
 
