@@ -19,6 +19,7 @@ the network's opinion is multiplied by the guidance.
     python ddpm.py --prompt "a bold slanted seven"         once trained: draw that (repeatable)
     python ddpm.py --sampling-steps 1000 --eta 1           the whole chain of Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
+    python ddpm.py --data cifar10 --prompt "a horse"       in colour; or photographs/, of your own
     python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/gpu    on a GPU
     torchrun --nproc-per-node=N ddpm.py ...                the same on N of them
 
@@ -293,7 +294,10 @@ class UNet(nn.Module):
 
     The way down sees the whole, the skip keeps the detail (Ronneberger et al. 2015,
     arXiv:1505.04597). Folding 2x2 pixels into channels loses nothing, and no convolution runs at
-    28x28, where it would cost four times what it costs at 14x14: 62 MFLOP a picture in all.
+    28x28, where it would cost four times what it costs at 14x14: 62 MFLOP a picture in all. For
+    64x64 or 128x128 fold 4x4 or 8x8 at first, and unfold so at last: the 2 in fold1 and unfold1
+    becomes 4 or 8, and 4 C channels become 16 C or 64 C. The rest stays what it is, and so does its
+    cost.
     """
 
     def __init__(self, config):
@@ -489,7 +493,8 @@ def load(path, device="cpu"):
     """The averaged model of a checkpoint, in eval mode. UserError if it is none of ddpm.py's."""
     state = read_checkpoint(path)
     average = averaged(UNet(Config(**state["config"])))
-    average.load_state_dict(state["average"])
+    with fitting(path):
+        average.load_state_dict(state["average"])
     return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -839,6 +844,16 @@ def read_checkpoint(path):
                                    "--out, or give --restart to throw it away")
 
 
+@contextmanager
+def fitting(path):
+    """Inside, networks and the like take what ``path`` holds for them. UserError if it is odd."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fail(f"{path} does not fit this version of the script: give --restart to throw it away, or "
+             "choose another --out")
+
+
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
@@ -857,7 +872,7 @@ class Run:
 
     def restore(self, state):
         begun, now = state["config"], asdict(self.config)
-        try:
+        with fitting(self.path):
             vars(self).update({name: state[name] for name in self.kept})
             self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
             for name in FIXED:
@@ -865,8 +880,6 @@ class Run:
                     self.refuse(f"began with {flag(name)} {begun[name]}")
             for name, thing in self.saved.items():
                 thing.load_state_dict(state[name])
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            self.refuse("does not fit this version of the script")
 
     def refuse(self, why):
         fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
@@ -1046,7 +1059,7 @@ def picture_files(path):
         else:
             archive = zipfile.ZipFile(path)
             found = {info.filename: member(archive, info) for info in archive.infolist()}
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, NotImplementedError, ValueError, zipfile.BadZipFile) as error:
         fail(f"{path} is neither a folder nor a whole .zip: {error}")
     return {name: found[name] for name in sorted(found) if name.lower().endswith(ENDINGS)
             and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
@@ -1060,15 +1073,17 @@ def read_picture(name, read, size=None):
     except ImportError:
         fail("photographs need one more package: pip install pillow")
     try:
-        with Image.open(io.BytesIO(read())) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd notes beside the pixels
+            picture = Image.open(io.BytesIO(read()))
             if picture.width * picture.height > 1 << 26:
                 raise ValueError("it has more than 64 million pixels")
             picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
             picture = ImageOps.exif_transpose(picture).convert("RGB")
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-            rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+        rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow and zipfile raise a dozen kinds of error on junk
         fail(f"cannot read {name}: {error}")
 

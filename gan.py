@@ -18,6 +18,7 @@ every new forgery. If the forger wins, the detective is left with tossing a coin
     python gan.py --truncation 0.7                         once trained: tamer samples
     python gan.py --export 10000                           once trained: as many numbered PNG files
     python gan.py --data mnist                             MNIST (downloaded once)
+    python gan.py --data photographs/ --image-size 64      your own, in colour; or cifar10
     python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gpu     on a GPU
 
 Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
@@ -110,6 +111,8 @@ def levels(config):
 
     The finest level has half of the picture's resolution: 2x2 pixels are folded into channels of
     one. Nothing is lost, and no convolution runs at 28x28, where it would cost four times as much.
+    Pictures of 64x64 and 128x128 have four levels and five, and that is all that changes here; more
+    detail asks for more --width and --steps, and for an --r1 that grows with the number of pixels.
     """
     sizes = [config.image_size // 2]
     while sizes[-1] % 2 == 0 and sizes[-1] > 4:
@@ -472,7 +475,8 @@ def load(path, device="cpu"):
     state = read_checkpoint(path)
     config = Config(**state["config"])
     average = averaged(FORGERS[config.generator](config))
-    average.load_state_dict(state["average"])
+    with fitting(path):
+        average.load_state_dict(state["average"])
     return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -814,6 +818,16 @@ def read_checkpoint(path):
                                    "--out, or give --restart to throw it away")
 
 
+@contextmanager
+def fitting(path):
+    """Inside, networks and the like take what ``path`` holds for them. UserError if it is odd."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fail(f"{path} does not fit this version of the script: give --restart to throw it away, or "
+             "choose another --out")
+
+
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
@@ -832,7 +846,7 @@ class Run:
 
     def restore(self, state):
         begun, now = state["config"], asdict(self.config)
-        try:
+        with fitting(self.path):
             vars(self).update({name: state[name] for name in self.kept})
             self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
             for name in FIXED:
@@ -840,8 +854,6 @@ class Run:
                     self.refuse(f"began with {flag(name)} {begun[name]}")
             for name, thing in self.saved.items():
                 thing.load_state_dict(state[name])
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            self.refuse("does not fit this version of the script")
 
     def refuse(self, why):
         fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
@@ -1021,7 +1033,7 @@ def picture_files(path):
         else:
             archive = zipfile.ZipFile(path)
             found = {info.filename: member(archive, info) for info in archive.infolist()}
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, NotImplementedError, ValueError, zipfile.BadZipFile) as error:
         fail(f"{path} is neither a folder nor a whole .zip: {error}")
     return {name: found[name] for name in sorted(found) if name.lower().endswith(ENDINGS)
             and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
@@ -1035,15 +1047,17 @@ def read_picture(name, read, size=None):
     except ImportError:
         fail("photographs need one more package: pip install pillow")
     try:
-        with Image.open(io.BytesIO(read())) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd notes beside the pixels
+            picture = Image.open(io.BytesIO(read()))
             if picture.width * picture.height > 1 << 26:
                 raise ValueError("it has more than 64 million pixels")
             picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
             picture = ImageOps.exif_transpose(picture).convert("RGB")
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-            rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+        rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow and zipfile raise a dozen kinds of error on junk
         fail(f"cannot read {name}: {error}")
 

@@ -541,7 +541,8 @@ def load(path, device="cpu"):
     """The model of a checkpoint, in eval mode. UserError if ``path`` is none of gpt.py's."""
     state = read_checkpoint(path)
     model = GPT(Config(**state["config"]))
-    model.load_state_dict(state["model"])
+    with fitting(path):
+        model.load_state_dict(state["model"])
     return model.to(device).eval()
 
 
@@ -841,6 +842,16 @@ def read_checkpoint(path):
                                    "--out, or give --restart to throw it away")
 
 
+@contextmanager
+def fitting(path):
+    """Inside, networks and the like take what ``path`` holds for them. UserError if it is odd."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fail(f"{path} does not fit this version of the script: give --restart to throw it away, or "
+             "choose another --out")
+
+
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
@@ -859,7 +870,7 @@ class Run:
 
     def restore(self, state):
         begun, now = state["config"], asdict(self.config)
-        try:
+        with fitting(self.path):
             vars(self).update({name: state[name] for name in self.kept})
             self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
             for name in FIXED:
@@ -867,8 +878,6 @@ class Run:
                     self.refuse(f"began with {flag(name)} {begun[name]}")
             for name, thing in self.saved.items():
                 thing.load_state_dict(state[name])
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            self.refuse("does not fit this version of the script")
 
     def refuse(self, why):
         fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")

@@ -20,6 +20,7 @@ mostly decodes to a picture, and a walk from code to code passes pictures on its
     python vae.py --kind ae                                the plain autoencoder, to lay beside it
     python vae.py --latent-dim 2 --out out/vae-2           codes of two numbers: a map of them all
     python vae.py --data mnist --steps 14500 --importance 5     MNIST (downloaded once), at its best
+    python vae.py --data cifar10 --latent-dim 128          in colour; or photographs/, of your own
     python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/gpu    on a GPU
 
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
@@ -376,7 +377,8 @@ def load(path, device="cpu"):
     """The model of a checkpoint, in eval mode. UserError if ``path`` is none of vae.py's."""
     state = read_checkpoint(path)
     model = VAE(Config(**state["config"]))
-    model.load_state_dict(state["model"])
+    with fitting(path):
+        model.load_state_dict(state["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -666,6 +668,16 @@ def read_checkpoint(path):
                                    "--out, or give --restart to throw it away")
 
 
+@contextmanager
+def fitting(path):
+    """Inside, networks and the like take what ``path`` holds for them. UserError if it is odd."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fail(f"{path} does not fit this version of the script: give --restart to throw it away, or "
+             "choose another --out")
+
+
 class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
@@ -684,7 +696,7 @@ class Run:
 
     def restore(self, state):
         begun, now = state["config"], asdict(self.config)
-        try:
+        with fitting(self.path):
             vars(self).update({name: state[name] for name in self.kept})
             self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
             for name in FIXED:
@@ -692,8 +704,6 @@ class Run:
                     self.refuse(f"began with {flag(name)} {begun[name]}")
             for name, thing in self.saved.items():
                 thing.load_state_dict(state[name])
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            self.refuse("does not fit this version of the script")
 
     def refuse(self, why):
         fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
@@ -873,7 +883,7 @@ def picture_files(path):
         else:
             archive = zipfile.ZipFile(path)
             found = {info.filename: member(archive, info) for info in archive.infolist()}
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, NotImplementedError, ValueError, zipfile.BadZipFile) as error:
         fail(f"{path} is neither a folder nor a whole .zip: {error}")
     return {name: found[name] for name in sorted(found) if name.lower().endswith(ENDINGS)
             and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
@@ -887,15 +897,17 @@ def read_picture(name, read, size=None):
     except ImportError:
         fail("photographs need one more package: pip install pillow")
     try:
-        with Image.open(io.BytesIO(read())) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd notes beside the pixels
+            picture = Image.open(io.BytesIO(read()))
             if picture.width * picture.height > 1 << 26:
                 raise ValueError("it has more than 64 million pixels")
             picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
             picture = ImageOps.exif_transpose(picture).convert("RGB")
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-            rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+        rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow and zipfile raise a dozen kinds of error on junk
         fail(f"cannot read {name}: {error}")
 
