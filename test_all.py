@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -2432,6 +2433,64 @@ def test_a_grey_model_refuses_colour(data, pile, tmp_path, capsys):
 def test_sizes_that_cannot_be(tmp_path, capsys, script, words, needle):
     assert script.main([*words, "--out", str(tmp_path)]) == 2
     one_line(capsys, needle, script=script.__name__)
+
+
+def mutated(raw, chance):
+    """A copy with bits flipped, cut, its numbers blown up, bytes repeated, or names that climb."""
+    raw, at = bytearray(raw), chance.randrange(len(raw))
+    match chance.randrange(6):
+        case 0:
+            raw[at] ^= 1 << chance.randrange(8)
+        case 1:
+            for _ in range(30):
+                raw[chance.randrange(len(raw))] = chance.randrange(256)
+        case 2:
+            del raw[at:]
+        case 3:
+            raw[at:at + 4] = chance.choice([b"\xff\xff\xff\xff", b"\0\0\0\xc0"])
+        case 4:
+            raw[at:at] = raw[:at][-100:]
+        case 5:
+            for name in (b"train", b"cifar-10", b"archive", b"kind"):
+                raw = raw.replace(name, (b"../" * 9)[:len(name)])
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("kind", ["idx", "cifar10", "zip", "text", "checkpoint"])
+def test_damaged_copies_are_read_or_refused(kind, data, tmp_path):
+    """Never a traceback, or a file elsewhere."""
+    place, chance = tmp_path / "place", random.Random(kind)
+    place.mkdir()
+    if kind == "idx":
+        for path in data.iterdir():
+            (place / path.name).write_bytes(path.read_bytes())
+        path = place / "train-images-idx3-ubyte"
+    elif kind == "cifar10":
+        cifar10(place / "cifar10")
+        path = place / "cifar10" / "cifar-10-binary.tar.gz"
+    elif kind == "zip":
+        path = write_pile(place / "p.zip", [f"train/kind/{i}.png" for i in range(6)])
+    elif kind == "text":
+        path = place / "words.txt"
+        path.write_text("Wörter, words. " * 60, encoding="utf-8")
+    else:
+        config = vae.Config(out=str(place), width=2, latent_dim=2, image_size=8)
+        vae.Run(config, model=vae.VAE(config)).save()
+        path = place / "checkpoint.pt"
+    read = {"idx": lambda: vae.load_images(str(place), ""), "text": lambda: gpt.read_text(path),
+            "cifar10": lambda: vae.load_images("cifar10", str(place), 32, 3),
+            "zip": lambda: vae.load_images(str(path), "", 8, 3),
+            "checkpoint": lambda: vae.load(path)}
+    raw, before, refused = path.read_bytes(), sorted(tmp_path.rglob("*")), 0
+    whole = gzip.decompress(raw) if kind == "cifar10" else raw
+    for _ in range(40):
+        content = mutated(whole, chance)
+        path.write_bytes(gzip.compress(content, 1) if kind == "cifar10" else content)
+        try:
+            read[kind]()
+        except (vae.UserError, gpt.UserError):
+            refused += 1
+    assert 5 < refused and sorted(tmp_path.rglob("*")) == before
 
 
 # ==== cyclegan.py as its users run it =============================================================
