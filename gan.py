@@ -1267,6 +1267,8 @@ def read_photographs(path, size):
                 zip(files.items(), labels, tested, strict=True) if test == held_out]
         if not some:
             fail(f"{path}: no IDX files, and fewer than two pictures, one of them to judge on")
+        order = torch.randperm(len(some), generator=seeded("order"))  # or the first are of one kind
+        some = [some[i] for i in order]
         pictures, kept = read_pictures([file for file, _ in some], size)
         parts += [pictures, torch.tensor([label for _, label in some])[kept]]
     return Images(*parts, names)
