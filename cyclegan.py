@@ -667,6 +667,8 @@ def check_config(config):
         if not fits:
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name == "data":  # a shell may have put a / behind a folder
+            value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
@@ -1060,7 +1062,14 @@ def read_picture(name, read, size=None):
             if picture.width * picture.height > 1 << 26:
                 raise ValueError("it has more than 64 million pixels")
             picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # grey of 16 bits
+                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            elif "A" in picture.getbands() or "transparency" in picture.info:  # onto white
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

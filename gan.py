@@ -660,6 +660,8 @@ def check_config(config):
         if not fits:
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name == "data":  # a shell may have put a / behind a folder
+            value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
@@ -1053,7 +1055,14 @@ def read_picture(name, read, size=None):
             if picture.width * picture.height > 1 << 26:
                 raise ValueError("it has more than 64 million pixels")
             picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # grey of 16 bits
+                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            elif "A" in picture.getbands() or "transparency" in picture.info:  # onto white
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
@@ -1126,7 +1135,7 @@ Images = namedtuple("Images", "train train_labels test test_labels names")
 def is_photographs(name):
     """Whether this is a .zip, or a folder other than one of IDX files."""
     path = Path(name)
-    here = name not in ("digits", "cifar10", *PUBLISHED) and path.exists()
+    here = name not in ("", "digits", "cifar10", *PUBLISHED) and path.exists()
     return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
 
 
@@ -1213,7 +1222,7 @@ def read_idx_files(name, data_dir):
             fail(f"{folder} holds no {file}, plain or .gz")
         tensors.append(read_idx(path, digest))
     x, y, x_test, y_test = tensors
-    if not (x.shape == (len(y), 28, 28) and x_test.shape == (len(y_test), 28, 28)):
+    if not (x.shape == (*y.shape, 28, 28) and x_test.shape == (*y_test.shape, 28, 28)):
         fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
     if max(y.max(), y_test.max()) > 9:
         fail(f"{folder}: a label is above 9")
@@ -1299,7 +1308,7 @@ def load_images(name, data_dir, size=28, channels=1):
         data = read_cifar10(data_dir)
     elif is_photographs(name):
         data = read_photographs(name, size)
-    elif name in PUBLISHED or Path(name).is_dir():
+    elif name in PUBLISHED or name and Path(name).is_dir():
         data = read_idx_files(name, data_dir)
     else:
         fail(f"no data set {name}: give digits, mnist, fashion, cifar10, a folder of IDX files, or "

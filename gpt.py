@@ -16,7 +16,7 @@ r"""GPT: guess the next token; a good guesser, fed with its own guesses, is a wr
 Any text teaches it, without a teacher: the answer to "what comes next?" stands right there. To
 guess well it has to spell, to close brackets, to remember who is speaking; nobody programs that.
 
-    python gpt.py                                            on the manual inside every Python
+    python gpt.py                                            on the manual that Python brings
     python gpt.py --prompt "The for statement"               once trained: let it go on from there
     python gpt.py --prompt "The for" --explain               what it thinks comes next
     python gpt.py --data ~/notes                             your own file, or folder of files
@@ -99,7 +99,8 @@ class Config:
 #     t h e _ c a t _ t h e   ->   th e _ c a t _ th e   ->   the _ c a t _ the
 #
 # The text gets shorter: a block reaches further back, and a step reads more. Merges stay inside of
-# words, or "dog." and "dog," would become tokens. A word has the space before it:
+# words, or "dog." and "dog," would become tokens. A word takes one space before it; of characters
+# beyond ASCII every byte counts as a letter; runs of more than 48 are cut.
 WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,48}| ?\d{1,48}| ?[^\sA-Za-z\d\x80-\xff]{1,48}"
                    rb"|\s{1,48}(?!\S)|\s")
 
@@ -118,7 +119,7 @@ def merge(word, pair, token):
 def learn_merges(text, count):
     """Bytes -> at most ``count`` pairs: pair i becomes token 256 + i. Fewer if none repeats.
 
-    A pair is sought only in the words that have it, and equal words are one: 1 MB takes seconds.
+    Equal words count together, and a pair is sought only in words that had it: 1 MB takes seconds.
     """
     words = [(list(word), n) for word, n in Counter(WORDS.findall(text)).items()]
     pairs, where = Counter(), defaultdict(set)  # how often each pair stands, and in which words
@@ -216,9 +217,10 @@ class Attention(nn.Module):
 
         softmax( q k^T / sqrt(D) + mask ) v               (Vaswani et al. 2017, equation 1)
 
-    H heads do so, each in D numbers made from all W: one may look for verbs, one for brackets.
-    Without sqrt(D), sums of many products are so large that the softmax sees one token alone. The
-    mask keeps a token from seeing what it is to guess. Row: who looks; column: at whom.
+    H heads do so, each in D numbers of its own, made from all W: one may look for verbs, one for
+    brackets. Without sqrt(D), sums of many products are so large that the softmax sees little but
+    one token. The mask keeps a token from seeing what it is to guess. Row: who looks; column: at
+    whom.
 
                 To  be   ,  or
           To     x   .   .   .       x: may look
@@ -236,23 +238,24 @@ class Attention(nn.Module):
     def forward(self, x, rotation, past=None):
         """(B, T, W) -> (B, T, W). ``past`` (chapter 5) is a list: [] at first, then the keys and
         values of the tokens before these; their own are appended."""
-        (_, T, _), before = x.shape, past[0].shape[2] if past else 0
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        (q, k), v, mask = rotate(qkv[:2], rotation), qkv[2], None              # (B, H, T, D) each
+        T, before = x.shape[1], past[0].shape[2] if past else 0
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                      # (B, T, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                         # (3, B, H, T, D)
+        (q, k), v, mask = rotate(qkv[:2], rotation), qkv[2], None                # (B, H, T, D) each
         if before:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         if past is not None:
             past[:] = k, v
-        if before and T > 1:  # one token may look at all before it; of several, t at before + t
+        if before and T > 1:  # one token sees all before it; of several, t sees before + t
             mask = torch.ones(T, before + T, dtype=torch.bool, device=x.device).tril(before)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """(B, T, W) -> (B, T, W), each token by itself. SiLU replaced GPT-2's GELU. Larger models gate
-    (SwiGLU: Shazeer 2020, arXiv:2002.05202) or square a ReLU (So et al. 2021, arXiv:2109.08668);
-    here, with Muon and at equal seconds, that lost 0.01 and 0.03 nats per byte."""
+    """(B, T, W) -> (B, T, W), each token by itself. GPT-2 has GELU for SiLU; larger models gate
+    (SwiGLU: Shazeer 2020, arXiv:2002.05202) or square a ReLU (So et al. 2021, arXiv:2109.08668):
+    here, with Muon and at equal seconds, 0.01 and 0.03 nats per byte worse than SiLU."""
 
     def __init__(self, width):
         super().__init__()
@@ -264,10 +267,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP. Each first brings its input to mean square 1: to normalise
-    before, not after (Xiong et al. 2020, arXiv:2002.04745), leaves the residual stream alone, and
-    training is stable from the start. RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm
-    without mean and bias."""
+    """x + attention, then x + MLP. Each first brings its input to mean square 1, and scales it.
+    Before, not after: that leaves the residual stream alone, and training is stable from the start
+    (Xiong et al. 2020, arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is
+    LayerNorm without mean and bias."""
 
     def __init__(self, config):
         super().__init__()
@@ -319,10 +322,10 @@ class GPT(nn.Module):
 
 
 # ==== 3. The objective ============================================================================
-# At each place the loss is -log p(the token that came): the cross entropy. In nats; divided by ln 2
-# it is bits, and that is what an arithmetic coder that knows this model would need to store the
-# token. To guess well is to compress well. Tokens differ in length, so the loss is counted per byte
-# of text; 8 bits, or 5.5 nats, is guessing bytes at random.
+# At each place the loss is -log p(the token that came); its mean is the cross entropy. It is in
+# nats; divided by ln 2, in bits, and that is what an arithmetic coder that knows this model would
+# need to store the token. To guess well is to compress well. Tokens differ in length, so the loss
+# is counted per byte of text; 8 bits, or 5.5 nats, is guessing bytes at random.
 
 
 def nats_per_byte(model, text):
@@ -352,10 +355,12 @@ def nats_per_byte(model, text):
 class Muon(torch.optim.Optimizer):
     """For the matrices in the blocks (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A gradient matrix (SVD: U S V^T) has few strong directions and many weak ones, and the strong
-    take all of the step. Muon steps by about U V^T, all directions alike. No SVD is needed: rounds
-    of  x <- a x + b (x x^T) x + c (x x^T)^2 x  bring all but tiny singular values near 1. Three do
-    better here than the usual five, which cost more. (torch.optim.Muon is slow on a CPU.)
+    A gradient matrix (SVD: U S V^T) has, as a rule, few strong directions and many weak ones, and
+    the strong take nearly all of the step. Muon steps by about U V^T, all directions alike. No SVD
+    is needed: rounds of  x <- a x + b (x x^T) x + c (x x^T)^2 x,  a, b, c being 3.4445, -4.775 and
+    2.0315, bring all but small singular values to between 0.7 and 1.2. Three do better here than
+    the usual five, which cost more. (torch.optim.Muon is slow on a CPU.) Steps of tall matrices are
+    larger, so that their outputs change as much.
     """
 
     def __init__(self, matrices):
@@ -486,7 +491,7 @@ class Context:
         if not self.tokens:
             self.cache = [[] for _ in self.model.blocks]
         self.tokens = self.tokens + new
-        with torch.no_grad():  # nothing in this model acts otherwise while it trains
+        with torch.no_grad():  # eval mode makes no difference to this model
             x = torch.tensor([new], device=self.model.head.weight.device)
             return self.model(x, self.cache)[0, -1].float().cpu()
 
@@ -502,7 +507,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
         return logits.argmax().item()
     p = ((logits - logits.max()) / temperature).softmax(0)
     p, order = p.sort(descending=True)
-    keep = p.cumsum(0) - p < top_p  # those before it do not make up the share yet
+    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # those before it are not the share yet
     keep[0] = True
     if top_k:
         keep[top_k:] = False
@@ -684,6 +689,8 @@ def check_config(config):
         if not fits:
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name == "data":  # a shell may have put a / behind a folder
+            value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))

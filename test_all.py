@@ -124,6 +124,14 @@ def test_idx_files_are_read(data):
     assert images.names[3] == "three"
 
 
+@pytest.mark.parametrize("labels", [b"\0\0\x08\0\5", b"\0\0\x08\2\0\0\0\5\0\0\0\1" + b"\1" * 5])
+def test_labels_are_one_for_each_picture(tmp_path, labels):
+    folder = write_idx_folder(tmp_path / "d", 20, 5)
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(vae.UserError, match="a label for each"):
+        vae.load_images(str(folder), "")
+
+
 @pytest.mark.parametrize("damage", [
     lambda b: b"", lambda b: b[:3], lambda b: b[:11], lambda b: b[:-1], lambda b: b + b"\0",
     lambda b: b[:2] + b"\x0d" + b[3:], lambda b: b"\x89PNG" + b[4:],
@@ -1572,6 +1580,23 @@ def test_bits_of_a_perfect_denoiser_are_the_closed_form():
     assert bits.shape == (8,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.01)
 
 
+@pytest.mark.parametrize("count", [1, 7, 20, 60])
+def test_every_step_counts_however_few_the_pictures(count):
+    """With ``every``, the mean over the pictures is that of all terms."""
+    model = tiny_ddpm(TrueDenoiser)
+    x = (model.MEAN + model.STD * torch.randn(1, 1, 28, 28)).clamp(-1, 1)
+    images = (((x / 2 + 0.5) * 255).round() / 255).expand(count, -1, -1, -1)
+    few = ddpm.bits_per_dim(model, images, every=50, seed=0).mean().item()
+    assert math.isclose(few, ddpm.bits_per_dim(model, images[:1], seed=0).item(), rel_tol=0.02)
+
+
+def test_no_prompts_and_few_steps():
+    model = tiny_ddpm(diffusion_steps=4, sampling_steps=2)
+    with pytest.raises(ddpm.UserError, match="one prompt at least"):
+        ddpm.sample(model, [])
+    assert ddpm.sample(model, [""]).isfinite().all()  # by default 25 steps of 4
+
+
 def test_ddim_with_eta_one_is_the_ancestral_chain():
     """For the same noise, all steps of it: Ho et al. 2020, algorithm 2, written out in betas."""
     model = tiny_ddpm(diffusion_steps=40, sampling_steps=40)
@@ -1692,6 +1717,8 @@ def test_the_average_is_sampled(painter):
     (["--eta", "2"], "--eta"), (["--drop-caption", "much"], "--drop-caption"),
     (["--width", "16"], "--restart"), (["--unseen", "thin upright one"], "--restart"),
     (["--data", "nowhere"], "--restart"), (["--data", "nowhere", "--restart"], "no data set"),
+    (["--unseen", "tow", "--restart"], "the kinds are zero, one"),
+    (["--unseen", ", ".join(ddpm.DIGITS), "--restart"], "no pictures are left"),
     (["--vocab-size", "3", "--restart"], "--vocab-size"),
     (["--prompt", "an aple", "--restart"], "known are: a an")])
 def test_ddpm_refuses_in_one_line(painter, data, tmp_path, capsys, words, needle):
@@ -2229,6 +2256,19 @@ def test_bad_archives(tmp_path, content, needle):
         path.write_bytes(content() if callable(content) else content)
     with pytest.raises(cyclegan.UserError, match=needle):
         cyclegan.read_pictures(list(cyclegan.picture_files(path).items()), 16)
+
+
+def test_grey_of_16_bits_and_transparency():
+    from PIL import Image
+    for mode, colour, expected in (("I;16", 0x4000, (64, 64, 64)), ("I;16", 0xffff, (255,) * 3),
+                                   ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+                                   ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+                                   ("LA", (10, 0), (255, 255, 255)), ("1", 1, (255, 255, 255))):
+        memory = io.BytesIO()
+        Image.new(mode, (8, 8), colour).save(memory, "PNG")
+        for size in (None, 4):
+            picture = cyclegan.read_picture("1", memory.getvalue, size)
+            assert (picture == torch.tensor(expected)[:, None, None]).all(), (mode, colour)
 
 
 def test_without_pillow(monkeypatch):

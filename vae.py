@@ -20,19 +20,20 @@ mostly decodes to a picture, and a walk from code to code passes pictures on its
     python vae.py --kind ae                                the plain autoencoder, to lay beside it
     python vae.py --latent-dim 2 --out out/vae-2           codes of two numbers: a map of them all
     python vae.py --data mnist --steps 14500 --importance 5     MNIST (downloaded once), at its best
-    python vae.py --data cifar10 --latent-dim 128          in colour; or photographs/, of your own
+    python vae.py --data cifar10 --latent-dim 128          in colour; or a folder of photographs
     python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/gpu    on a GPU
 
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
 of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with
 the settings of the checkpoint where none are given; on a finished model it only samples (--seed 1:
-other samples). On two cores (AMD EPYC, Zen 5) the plain command takes two minutes; on MNIST, nine
-minutes give log p(x) >= -83.7 nats a picture.
+other samples). On two cores (AMD EPYC, Zen 5) the plain command takes two minutes; on MNIST the
+bound on log p(x) reaches -83.7 nats a picture in nine minutes (README).
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
-Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged. The objective is
-theirs; the networks are convolutional and residual where theirs were fully connected.
+Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged; Salimans et al. 2017
+(arXiv:1701.05517), the density of colours. The variational objective is theirs; the networks are
+convolutional and residual, where theirs were fully connected.
 """
 import math
 import sys
@@ -57,8 +58,8 @@ def knob(default, about, *within):
 class Config:
     """Every setting, model first; the command line is made from it."""
     kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
-    beta: float = knob(1.0, "weight of the KL term (Higgins et al. 2017): more is smoother", 0, 1e4)
-    importance: int = knob(1, "k of the bound L_k that the last 30 % of the steps raise", 1, 100)
+    beta: float = knob(1.0, "weight of the KL term (beta-VAE: Higgins et al. 2017)", 0, 1e4)
+    importance: int = knob(1, "draws a picture in the last 30 % of training (chapter 3)", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
     image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
@@ -66,15 +67,15 @@ class Config:
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
     learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
-    draws: int = knob(100, "k of the importance-weighted bound", 1, 10**6)
-    test_images: int = knob(1000, "held-out pictures to judge on; there are 10000", 1, 10**6)
+    draws: int = knob(100, "draws a picture in judging (k of chapter 3)", 1, 10**6)
+    test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
                      "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; if empty, out/vae, and kind and data if unusual")
+    out: str = knob("", "folder of the results; out/vae, and kind and data if unusual")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
@@ -143,8 +144,8 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; of colour, where
-    each channel of each pixel most likely is."""
+    """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; of colour, the
+    middle of each value's bump (chapter 3)."""
 
     def __init__(self, config):
         width, side = config.width, config.image_size // 4
@@ -161,7 +162,8 @@ class Decoder(nn.Sequential):
 
 
 class VAE(nn.Module):
-    """Encoder, decoder, and where sampling draws codes. The autoencoder has the same networks."""
+    """Encoder, decoder, and the Gaussian that samples' codes are drawn from. The autoencoder has
+    the same networks."""
 
     def __init__(self, config):
         super().__init__()
@@ -196,18 +198,18 @@ class VAE(nn.Module):
 # ==== 3. The objective ============================================================================
 # The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for
 # each pixel. The story is good if it makes real pictures probable, that is if log p(x) is large,
-# where p(x) = integral of p(x|z) p(z) dz. To estimate that with codes drawn at random is hopeless:
+# where p(x) = integral of p(x|z) p(z) dz. To estimate that with codes drawn at random is slow:
 # hardly any of them fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes
 # codes worth trying. With E_q for the mean over draws from q, and Jensen's inequality (the log of a
 # mean is at least the mean of the logs), in natural logarithms, hence nats,
 #
-#   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]
+#   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]        (the integral, times q and divided by q)
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
 #            =   reconstruction  -  KL( q(z|x) || p(z) )        the evidence lower bound, or ELBO
 #
 # (Kingma and Welling 2013, equation 3). What is lost is KL(q(z|x) || p(z|x)): a perfect guide loses
-# nothing. The KL has a closed form; for the reconstruction one draw of z is enough. The gradient
-# must reach the encoder through that draw, hence z = mean + sigma * eps: chance comes from outside,
+# nothing. The KL has a closed form; for the reconstruction one draw of z is enough. So that the
+# gradient reaches the encoder through that draw, z = mean + sigma * eps: chance comes from outside,
 # and z is a differentiable function of mean and sigma. That is the reparametrisation trick.
 
 
@@ -215,8 +217,8 @@ def log_bernoulli(logits, x):
     """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats.
 
     Given z the tosses are independent, so their log probabilities ADD UP over the pixels. Averaging
-    them, a common mistake, divides this term but not the KL by 784, as --beta 784 would. Then it
-    pays to ignore the code, and every sample is the same grey blur.
+    them, a common mistake, weighs the KL 784-fold beside them, as --beta 784 does. Then it pays to
+    ignore the code, and every sample is the same grey blur.
     """
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
@@ -228,7 +230,7 @@ def log_logistic(middle, log_scale, x):
     logistic density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being
     the bin's ends, seen from the middle, in units of the scale. (For 0 and 1 the bin reaches to
     infinity, so that all 256 add up to 1.) As a product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)),
-    it does not vanish where both sigmoids are near 1. Kingma et al. 2016 (arXiv:1606.04934, 5.2).
+    it does not vanish where both sigmoids are near 1 (Salimans et al. 2017, arXiv:1701.05517, 2.1).
     """
     scale = log_scale.exp()[:, None, None]
     a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
@@ -265,10 +267,11 @@ def elbo_terms(model, x):
 # A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With k draws, each
 # weighted by how well it explains x, the bound comes closer (Burda et al. 2015, equation 8):
 #
-#   log p(x) >= L_k = E[ log (w_1 + ... + w_k) / k ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
+#   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
-# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x). It
-# judges the model in the end; with --importance k it is also what the last steps of training raise.
+# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is, in general,
+# log p(x). It judges the model in the end; with --importance k it is also what the last steps of
+# training raise.
 
 
 def log_weights(model, x, k, generator=None):
@@ -286,7 +289,7 @@ def log_weights(model, x, k, generator=None):
 
 
 def schedule(progress):
-    """Share of the peak learning rate at ``progress`` 0 to 1: a short ramp, then half a cosine."""
+    """Share of the peak learning rate at ``progress`` 0 to 1: half a cosine, after a short ramp."""
     return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -364,7 +367,7 @@ def fit_gaussian(model, pictures):
 def sample(model, n, seed=None):
     """n new pictures, floats (n, C, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
 
-    They are the probabilities of ink (of colour the likeliest values): tossing coins would only add
+    They are the probabilities of ink (of colour the middles of the bumps): chance would only add
     grain. The same seed gives the same pictures; None draws from torch's global generator.
     """
     noise = None if seed is None else seeded(seed, "sample")
@@ -387,14 +390,14 @@ def load(path, device="cpu"):
 
 def weigh(model, images, k, generator):
     """Yield pictures (b, C, H, W) and their log weights (b, k), not over 1000 codes at a time."""
-    for x in images.split(max(1, 1000 // k)):
+    for x in images.to(model.prior_mean.device).split(max(1, 1000 // k)):
         draws = torch.arange(k).split(1000)
         yield x, torch.cat([log_weights(model, x, len(some), generator) for some in draws], 1)
 
 
 def log_likelihood(model, images, k, seed=None):
-    """L_k, a lower bound on log p(x): pictures (B, C, H, W), grey ones of 0 and 1, colour in [0, 1]
-    of 256 levels -> (B,), nats a picture."""
+    """An estimate of L_k, whose mean is a lower bound on log p(x): pictures (B, C, H, W), grey ones
+    of 0 and 1, colour in [0, 1] of 256 levels -> (B,), nats a picture."""
     if model.config.kind == "ae":
         fail("an autoencoder has no likelihood: its codes have no probability")
     noise = None if seed is None else seeded(seed, "draws")
@@ -414,7 +417,7 @@ def judge(model, test):
             return {"test_reconstruction": rebuilt.mean().item()}
         bar = tqdm(total=len(x), desc="judging", leave=False)
         for some, log_w in weigh(model, x, k, seeded("draws")):
-            kl, elbo = kl_divergence(*model.encode(some)), log_w.mean(1)  # E[log w] is the ELBO
+            kl, elbo = kl_divergence(*model.encode(some)), log_w.mean(1)  # the ELBO is E[log w]
             parts.append(torch.stack([elbo + kl, kl, elbo, log_w.logsumexp(1) - math.log(k)]))
             bar.update(len(some))
         bar.close()
@@ -429,7 +432,7 @@ def judge(model, test):
 
 
 def draw_samples(run, model):
-    """samples.png and, when a code is two numbers, map.png: 95 % of the prior in each of them."""
+    """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each number."""
     run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
     if model.config.latent_dim == 2:
         # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
@@ -441,7 +444,7 @@ def draw_samples(run, model):
 
 
 def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, in grey, below each what its tosses became."""
+    """reconstructions.png: four rows of originals, below each how it was rebuilt."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
         rebuilt = model.picture(mean_codes(model, test)).cpu()
@@ -450,8 +453,8 @@ def draw_reconstructions(run, model, test):
 
 
 def draw_walk(run, model, test, rows=3, columns=8, stops=4, frames=24):
-    """walk.png: 24 walkers stroll in straight lines from test picture to test picture, four each,
-    and home again. The still image, for viewers without animation, has the first three walks.
+    """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home
+    again. The still image, for viewers without animation, has the first three walks.
     """
     codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
     codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
@@ -510,6 +513,8 @@ def check_config(config):
         if not fits:
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
+        if f.name == "data":  # a shell may have put a / behind a folder
+            value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
@@ -903,7 +908,14 @@ def read_picture(name, read, size=None):
             if picture.width * picture.height > 1 << 26:
                 raise ValueError("it has more than 64 million pixels")
             picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # grey of 16 bits
+                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            elif "A" in picture.getbands() or "transparency" in picture.info:  # onto white
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
@@ -976,7 +988,7 @@ Images = namedtuple("Images", "train train_labels test test_labels names")
 def is_photographs(name):
     """Whether this is a .zip, or a folder other than one of IDX files."""
     path = Path(name)
-    here = name not in ("digits", "cifar10", *PUBLISHED) and path.exists()
+    here = name not in ("", "digits", "cifar10", *PUBLISHED) and path.exists()
     return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
 
 
@@ -1063,7 +1075,7 @@ def read_idx_files(name, data_dir):
             fail(f"{folder} holds no {file}, plain or .gz")
         tensors.append(read_idx(path, digest))
     x, y, x_test, y_test = tensors
-    if not (x.shape == (len(y), 28, 28) and x_test.shape == (len(y_test), 28, 28)):
+    if not (x.shape == (*y.shape, 28, 28) and x_test.shape == (*y_test.shape, 28, 28)):
         fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
     if max(y.max(), y_test.max()) > 9:
         fail(f"{folder}: a label is above 9")
@@ -1149,7 +1161,7 @@ def load_images(name, data_dir, size=28, channels=1):
         data = read_cifar10(data_dir)
     elif is_photographs(name):
         data = read_photographs(name, size)
-    elif name in PUBLISHED or Path(name).is_dir():
+    elif name in PUBLISHED or name and Path(name).is_dir():
         data = read_idx_files(name, data_dir)
     else:
         fail(f"no data set {name}: give digits, mnist, fashion, cifar10, a folder of IDX files, or "
