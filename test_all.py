@@ -17,6 +17,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -564,9 +565,9 @@ def test_python_names(data, reference):
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-def kill_and_start_again(script, function, words, out, whole):
+def kill_and_start_again(script, function, words, out):
     """kill -9 in the 35th call of ``function``, between two rows of metrics.csv, and the command
-    again: the end is that of the ``whole`` run, to the bit -> what the second process printed."""
+    again -> its folder, and what the second process printed."""
     code = f"""
 import itertools, os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
@@ -590,16 +591,77 @@ script.main({words!r})
                           timeout=120)
     assert done.returncode == 0, done.stderr
     assert b"Warning" not in done.stderr and b"Traceback" not in done.stderr
+    return out, done.stdout.decode()
+
+
+def ends_like(out, whole):
+    """What was killed on the way is the same as the ``whole`` run, to the bit."""
     assert same(weights(out), weights(whole)) and rows_of(out) == rows_of(whole)
     assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
     for path in [*whole.glob("*.png"), *whole.glob("*.txt")]:
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
-    return done.stdout.decode()
 
 
-def test_killed_and_started_again(data, reference, tmp_path):
-    out = tmp_path / "o"
-    shown = kill_and_start_again("vae", "elbo_terms", arguments(data, out), out, reference)
+def torchrun(script, words):
+    """Two processes, gloo."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+            HERE / f"{script}.py", *words]
+
+
+def stop_ranks(words):
+    """SIGTERM to torchrun once gpt.py has printed figures -> exit status, stderr."""
+    with subprocess.Popen(torchrun("gpt", words), stderr=subprocess.PIPE) as process:
+        shown = b""
+        while b"grad_norm" not in shown:  # the bar has its first figures
+            shown += os.read(process.stderr.fileno(), 100)
+            assert process.poll() is None, shown
+        process.send_signal(signal.SIGTERM)
+        return process.communicate(timeout=60)[1].decode(), process.returncode
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, data, text, piles, tmp_path_factory):
+    """Jobs in processes of their own: they start with the first test, and go on beside the others.
+    By the name of the test that asks for the result."""
+    place = tmp_path_factory.mktemp("beside")
+
+    def killed(script, function, words, data):
+        out = place / script
+        return kill_and_start_again(script, function, words(data=data, out=out), out)
+
+    def ranks(script, words, data):
+        out = place / f"{script}-ranks"
+        command = torchrun(script, words(data, out, steps=10))
+        return subprocess.run(command, capture_output=True, text=True, timeout=120), out
+
+    def stopped():
+        out = place / "stop"
+        return stop_ranks(gpt_words(text, out, steps=10**6)), out
+
+    jobs = {
+        "test_killed_and_started_again": (killed, "vae", "elbo_terms", arguments, data),
+        "test_gpt_killed_and_started_again": (killed, "gpt", "gradients", gpt_words, text),
+        "test_two_ranks_end_where_one_process_does": (ranks, "gpt", gpt_words, text),
+        "test_a_stop_reaches_all_ranks": (stopped,),
+        "test_gpt_on_its_built_in_data": (newcomer, place / "newcomer"),
+        "test_ddpm_killed_and_started_again": (killed, "ddpm", "objective", ddpm_words, data),
+        "test_two_ranks_of_ddpm_end_where_one_process_does": (ranks, "ddpm", ddpm_words, data),
+        "test_gan_killed_and_started_again": (killed, "gan", "forger_loss", gan_words, data),
+        "test_cyclegan_killed_and_started_again": (
+            killed, "cyclegan", "translators_turn", cycle_words, piles)}
+    names = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(*job) for name, job in jobs.items() if name in names}
+
+
+@pytest.fixture
+def job(request, beside):
+    return beside[request.node.name].result()
+
+
+def test_killed_and_started_again(job, reference):
+    out, shown = job
+    ends_like(out, reference)
     assert "held out" in shown and str(out / "walk.png") in shown
 
 
@@ -1166,9 +1228,9 @@ def test_what_a_gpt_run_leaves(writer, text):
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-def test_gpt_killed_and_started_again(text, writer, tmp_path):
-    out = tmp_path / "o"
-    shown = kill_and_start_again("gpt", "gradients", gpt_words(text, out), out, writer)
+def test_gpt_killed_and_started_again(job, writer):
+    out, shown = job
+    ends_like(out, writer)
     assert shown.startswith((writer / "samples.txt").read_text())
 
 
@@ -1253,33 +1315,25 @@ def test_shares_of_a_batch(monkeypatch):
         gpt.my_share(torch.arange(3))
 
 
-def test_two_ranks_end_where_one_process_does(text, tmp_path):
+def test_two_ranks_end_where_one_process_does(job, text, tmp_path):
     """torchrun, two processes, gloo: the same batch in halves, the same weights, files once."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    words = [gpt_words(text, tmp_path / name, steps=10) for name in ("one", "two")]
-    assert gpt.main(words[0]) == 0
-    done = subprocess.run([*torchrun, HERE / "gpt.py", *words[1]], capture_output=True, text=True,
-                          timeout=120)
+    done, two = job
+    assert gpt.main(gpt_words(text, tmp_path, steps=10)) == 0
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held out:") == 1 and done.stderr.count("gpt:   0%") == 1
-    one, two = (torch.cat([p.flatten() for p in gpt.load(tmp_path / name / "checkpoint.pt")
-                           .parameters()]) for name in ("one", "two"))
-    assert (one - two).norm() / one.norm() < 1e-3 and {p.name for p in tmp_path.glob("two/*")} == {
+    a, b = (torch.cat([p.flatten() for p in gpt.load(out / "checkpoint.pt").parameters()])
+            for out in (tmp_path, two))
+    assert (a - b).norm() / a.norm() < 1e-3 and {p.name for p in two.iterdir()} == {
         "checkpoint.pt", "metrics.csv", "samples.txt"}
-    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+    for a, b in zip(rows_of(tmp_path), rows_of(two), strict=True):
         a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
         assert a == pytest.approx(b, rel=1e-3)
-    # A stop reaches all ranks, after the same step.
-    words = gpt_words(text, tmp_path / "stop", steps=10**6)
-    with subprocess.Popen([*torchrun, HERE / "gpt.py", *words], stderr=subprocess.PIPE) as process:
-        shown = b""
-        while b"grad_norm" not in shown:  # the bar has its first figures
-            shown += os.read(process.stderr.fileno(), 100)
-            assert process.poll() is None, shown
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=60)[1].decode()
-    assert process.returncode and "goes on" in error
-    state = weights(tmp_path / "stop")
+
+
+def test_a_stop_reaches_all_ranks(job):
+    (error, status), out = job
+    assert status and "goes on" in error
+    state = weights(out)  # after the same step
     assert 20 <= state["step"] == steps_taken(state) < 10**6
 
 
@@ -1400,24 +1454,30 @@ def test_gpt_divergence_keeps_the_last_good_checkpoint(text, tmp_path, monkeypat
     assert all(p.isfinite().all() for p in gpt.load(tmp_path / "checkpoint.pt").parameters())
 
 
-def test_gpt_on_its_built_in_data(tmp_path):
-    """As a newcomer runs it, in a process of its own; and then piped into."""
+def newcomer(place):
+    """gpt.py on its built-in data, in a process of its own; and then piped into, and out of."""
+    place.mkdir()
     command = [sys.executable, HERE / "gpt.py", "--steps", "2", "--width", "32", "--vocab-size",
                "256", "--batch-size", "2", "--tokens", "9"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
-    assert done.returncode == 0 and b"Warning" not in done.stderr, done.stderr
-    assert b"held out: nats_per_byte" in done.stdout
-    assert {p.name for p in (tmp_path / "out" / "gpt").iterdir()} == {
-        "checkpoint.pt", "metrics.csv", "samples.txt"}
-    done = subprocess.run([*command[:2], "--prompt", "-"], cwd=tmp_path, capture_output=True,
-                          input="naïve".encode(), timeout=120)
-    assert done.returncode == 0 and done.stdout.startswith("naïve".encode())
+    done = subprocess.run(command, cwd=place, capture_output=True, timeout=120)
+    piped = subprocess.run([*command[:2], "--prompt", "-"], cwd=place, capture_output=True,
+                           input="naïve".encode(), timeout=120)
     command = [*command[:2], "--tokens", "3000", "--seed", "1"]  # and into a reader that leaves
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         os.read(process.stdout.fileno(), 1)
         process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait(60) == 0
+        left = process.stderr.read(), process.wait(60)
+    return done, piped, left, place / "out" / "gpt"
+
+
+def test_gpt_on_its_built_in_data(job):
+    done, piped, left, out = job
+    assert done.returncode == 0 and b"Warning" not in done.stderr, done.stderr
+    assert b"held out: nats_per_byte" in done.stdout
+    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "metrics.csv", "samples.txt"}
+    assert piped.returncode == 0 and piped.stdout.startswith("naïve".encode())
+    assert left == (b"", 0)
 
 
 # ==== ddpm.py: the mathematics ====================================================================
@@ -1580,13 +1640,13 @@ def test_bits_of_a_perfect_denoiser_are_the_closed_form():
     assert bits.shape == (8,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.01)
 
 
-@pytest.mark.parametrize("count", [1, 7, 20, 60])
+@pytest.mark.parametrize("count", [1, 7, 20, 50])
 def test_every_step_counts_however_few_the_pictures(count):
     """With ``every``, the mean over the pictures is that of all terms."""
-    model = tiny_ddpm(TrueDenoiser)
+    model = tiny_ddpm(TrueDenoiser, diffusion_steps=200)
     x = (model.MEAN + model.STD * torch.randn(1, 1, 28, 28)).clamp(-1, 1)
     images = (((x / 2 + 0.5) * 255).round() / 255).expand(count, -1, -1, -1)
-    few = ddpm.bits_per_dim(model, images, every=50, seed=0).mean().item()
+    few = ddpm.bits_per_dim(model, images, every=20, seed=0).mean().item()
     assert math.isclose(few, ddpm.bits_per_dim(model, images[:1], seed=0).item(), rel_tol=0.02)
 
 
@@ -1750,26 +1810,23 @@ def test_prompts_repeat(painter, tmp_path, monkeypatch):
         ddpm.Config(prompt="a two")
 
 
-def test_ddpm_killed_and_started_again(data, painter, tmp_path):
-    out = tmp_path / "o"
-    shown = kill_and_start_again("ddpm", "objective", ddpm_words(data, out), out, painter)
+def test_ddpm_killed_and_started_again(job, painter):
+    out, shown = job
+    ends_like(out, painter)
     assert "held out: bits_per_dim" in shown
 
 
-def test_two_ranks_of_ddpm_end_where_one_process_does(data, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    words = [ddpm_words(data, tmp_path / name, steps=10) for name in ("one", "two")]
-    assert ddpm.main(words[0]) == 0
-    done = subprocess.run([*torchrun, HERE / "ddpm.py", *words[1]], capture_output=True, text=True,
-                          timeout=120)
+def test_two_ranks_of_ddpm_end_where_one_process_does(job, data, tmp_path):
+    done, two = job
+    assert ddpm.main(ddpm_words(data, tmp_path, steps=10)) == 0
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held out:") == 1 and done.stderr.count("ddpm:   0%") == 1
-    states = [weights(tmp_path / name) for name in ("one", "two")]
+    states = [weights(out) for out in (tmp_path, two)]
     for part in ("model", "average"):
-        one, two = (torch.cat([value.flatten() for name, value in sorted(state[part].items())
-                               if "extra" not in name]) for state in states)
-        assert (one - two).norm() / one.norm() < 1e-3
-    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        a, b = (torch.cat([value.flatten() for name, value in sorted(state[part].items())
+                           if "extra" not in name]) for state in states)
+        assert (a - b).norm() / a.norm() < 1e-3
+    for a, b in zip(rows_of(tmp_path), rows_of(two), strict=True):
         a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
         assert a == pytest.approx(b, rel=1e-2)
 
@@ -1986,9 +2043,9 @@ def test_what_a_gan_run_leaves(forger, tmp_path):
     assert (out / "samples.png").read_bytes() != (forger / "samples.png").read_bytes()
 
 
-def test_gan_killed_and_started_again(data, forger, tmp_path):
-    out = tmp_path / "o"
-    shown = kill_and_start_again("gan", "forger_loss", gan_words(data, out), out, forger)
+def test_gan_killed_and_started_again(job, forger):
+    out, shown = job
+    ends_like(out, forger)
     assert "held out: " in shown
     frames = weights(out)["frames"]
     assert len(frames) == 20 and all(map(torch.equal, frames, weights(forger)["frames"]))
@@ -2614,10 +2671,9 @@ def test_translate_never_writes_over_its_input(cycled, tmp_path, capsys):
     assert not [path for path in tmp_path.rglob("*evil*")]
 
 
-def test_cyclegan_killed_and_started_again(cycled, piles, tmp_path):
-    out = tmp_path / "o"
-    words = cycle_words(out, data=piles)
-    kill_and_start_again("cyclegan", "translators_turn", words, out, cycled)
+def test_cyclegan_killed_and_started_again(job, cycled):
+    out, _ = job
+    ends_like(out, cycled)
     for pile in ("past_a", "past_b"):  # the past travels, each in its own pile
         ours, whole = weights(out)[pile]["pictures"], weights(cycled)[pile]["pictures"]
         assert len(ours) == 3 and all(map(torch.equal, ours, whole))
