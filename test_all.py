@@ -1557,13 +1557,13 @@ def test_lessons_are_weighted_by_signal_to_noise():
 def test_the_network_begins_with_what_it_sees(monkeypatch, size):
     """At birth its last layer is zero: the guess is x_t, scaled up and shrunk, the more the noisier
     it is; at T nothing of it."""
-    monkeypatch.setattr(ddpm, "K", size or ddpm.K)
+    monkeypatch.setattr(ddpm, "K", {1: size or ddpm.K[1]})
     model, x = ddpm.UNet(ddpm.Config(width=8, blocks=1)), torch.randn(3, 1, 28, 28)
     t = torch.tensor([1, 500, 1000])
     with torch.no_grad():
         guess = model(x, t, torch.zeros(3, 1, dtype=torch.long))
     a = model.alpha_bar[t][:, None, None, None]
-    expected = ddpm.K**2 / (ddpm.K**2 + (1 - a) / a) * x / a.sqrt()
+    expected = ddpm.K[1]**2 / (ddpm.K[1]**2 + (1 - a) / a) * x / a.sqrt()
     torch.testing.assert_close(guess, expected.float(), atol=1e-5, rtol=1e-4)
     assert guess[2].abs().max() < 1e-3
 
