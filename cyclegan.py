@@ -344,7 +344,7 @@ def verdict_loss(verdicts, wanted):
 class Buffer:
     """Past fakes. A detective who sees but the latest ones forgets the older tricks, and the two
     may go in circles. Once the buffer is full she gets, with equal chance, a fresh one or one from
-    the past, which the fresh one replaces (Zhu et al. 2017, section 4, after Shrivastava et al.
+    the past, which the fresh one replaces (so the code of Zhu et al.; the idea: Shrivastava et al.
     2016, section 2.3)."""
 
     def __init__(self, size):

@@ -177,7 +177,7 @@ def diffuse(alpha_bar, x0, t, eps):
 # each follows from the other. Near T the noise is an easy answer of little use: a small error in it
 # is a large one in the picture. For small t, on the other hand, x_t shows more of the picture than
 # a network could repeat. So the guess begins with x_t, and with less of it the more noise there is
-# (k is the skip's weight in Karras et al. 2022, table 1, in our notation):
+# (k as in Karras et al. 2022, table 1, where K is the data's deviation):
 #
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #

@@ -208,14 +208,14 @@ def rotate(x, rotation):
     difference of their angles is left: how far apart two tokens are, not where they stand. GPT-2
     learned a vector for each position, and had to learn "one to the left" anew at each.
     """
-    (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)  # (a, b) are numbers i and i + D / 2
+    (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)  # i and i + D / 2 (paper: neighbours)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Each token asks (query), each offers (key): the better they match, the more value it gets.
 
-        softmax( q k^T / sqrt(D) + mask ) v               (Vaswani et al. 2017, equation 1)
+        softmax( q k^T / sqrt(D) + mask ) v               (Vaswani et al. 2017, 3.2)
 
     H heads do so, each in D numbers of its own, made from all W: one may look for verbs, one for
     brackets. Without sqrt(D), sums of many products are so large that the softmax sees little but
@@ -270,7 +270,7 @@ class Block(nn.Module):
     """x + attention, then x + MLP. Each first brings its input to mean square 1, and scales it.
     Before, not after: that leaves the residual stream alone, and training is stable from the start
     (Xiong et al. 2020, arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is
-    LayerNorm without mean and bias."""
+    LayerNorm without the mean (and here without bias)."""
 
     def __init__(self, config):
         super().__init__()
@@ -355,7 +355,7 @@ def nats_per_byte(model, text):
 class Muon(torch.optim.Optimizer):
     """For the matrices in the blocks (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A gradient matrix (SVD: U S V^T) has, as a rule, few strong directions and many weak ones, and
+    A matrix's update (SVD: U S V^T) has, as a rule, few strong directions and many weak ones, and
     the strong take nearly all of the step. Muon steps by about U V^T, all directions alike. No SVD
     is needed: rounds of  x <- a x + b (x x^T) x + c (x x^T)^2 x,  a, b, c being 3.4445, -4.775 and
     2.0315, bring all but small singular values to between 0.7 and 1.2. Three do better here than

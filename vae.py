@@ -33,7 +33,7 @@ Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kin
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
 Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged; Salimans et al. 2017
 (arXiv:1701.05517), the density of colours. The variational objective is theirs; the networks are
-convolutional and residual, where theirs were fully connected.
+convolutional and residual, where those up to 2015 were fully connected.
 """
 import math
 import sys
@@ -229,8 +229,8 @@ def log_logistic(middle, log_scale, x):
     A value is one of 256, and p is the area of a bell-shaped curve over its bin, 1/255 wide: the
     logistic density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being
     the bin's ends, seen from the middle, in units of the scale. (For 0 and 1 the bin reaches to
-    infinity, so that all 256 add up to 1.) As a product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)),
-    it does not vanish where both sigmoids are near 1 (Salimans et al. 2017, arXiv:1701.05517, 2.1).
+    infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) As a
+    product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)), it does not vanish where both are near 1.
     """
     scale = log_scale.exp()[:, None, None]
     a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
