@@ -18,7 +18,7 @@ every new forgery. If the forger wins, the detective is left with tossing a coin
     python gan.py --truncation 0.7                         once trained: tamer samples
     python gan.py --export 10000                           once trained: as many numbered PNG files
     python gan.py --data mnist                             MNIST (downloaded once)
-    python gan.py --data photographs/ --image-size 64      your own, in colour; or cifar10
+    python gan.py --data photographs/ --image-size 64 --learning-rate 1e-3 --r1 5       in colour
     python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gpu     on a GPU
 
 Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
