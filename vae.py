@@ -1152,7 +1152,8 @@ def fitted(pictures, size, channels):
 
 
 def load_images(name, data_dir, size=28, channels=1):
-    """digits, mnist, fashion, cifar10, a folder of IDX files, or photographs -> Images."""
+    """digits, mnist, fashion, cifar10, a folder of IDX files, or photographs -> Images: of MNIST 55
+    MB, of CIFAR-10 184 MB, of 10,000 photographs 31 MB at 32x32 and 123 MB at 64x64."""
     if name == "digits":
         kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
         names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
