@@ -61,7 +61,7 @@ def knob(default, about, *within):
 class Config:
     """Every setting, model first; the command line is made from it."""
     diffusion_steps: int = knob(1000, "T, steps from a picture to static", 2, 10**5)
-    width: int = knob(32, "channels at half the size, thrice at a quarter; in eights", 8, 1024)
+    width: int = knob(32, "channels at half the size, thrice at a quarter; multiple of 8", 8, 1024)
     blocks: int = knob(2, "residual blocks at a quarter, attention after each", 1, 100)
     image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
@@ -118,7 +118,7 @@ def captions(name):
 
 
 def unseen_names(config):
-    return re.split(r"\s*,\s*", config.unseen.strip())
+    return [name for name in re.split(r"\s*,\s*", config.unseen.strip()) if name]
 
 
 def without(data, unseen):
@@ -152,8 +152,8 @@ def scaled(pictures):
 def cosine_schedule(steps):
     """alpha_bar_0 = 1, ..., alpha_bar_T near 0: (T + 1,), float64 (Nichol, Dhariwal, equation 17).
 
-    It falls slowly at both ends, evenly between. Ho et al. let beta rise linearly; with that, much
-    of the chain is near static.
+    It falls slowly at both ends, evenly between; with the linear beta of Ho et al. much of the
+    chain is near static. The clamp keeps alpha_bar_T, by which we divide, above 0.
     """
     at = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((at + 0.008) / 1.008 * math.pi / 2)**2
@@ -177,14 +177,14 @@ def diffuse(alpha_bar, x0, t, eps):
 # each follows from the other. Near T the noise is an easy answer of little use: a small error in it
 # is a large one in the picture. For small t, on the other hand, x_t shows more of the picture than
 # a network could repeat. So the guess begins with x_t, and with less of it the more noise there is
-# (k as in Karras et al. 2022, table 1, where K is the data's deviation):
+# (k as in Karras et al. 2022, table 1; there K is the data's deviation):
 #
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
 # sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is noise too
 # faint to be seen: with less, x_t passes through; with more, hardly, or haze would stay on black.
-# In colour little is plain black, and there is more than a small network can repeat (0.02 and 0.1
-# on CIFAR-10 after 700 steps: 16 and 7.3 bits a value in chapter 6, samples a little grainier).
+# Colour has little black, and more than a small network can repeat: there K = 0.1 in place of 0.02
+# gives 7.3 bits a value (chapter 6), not 16, and a little grain (CIFAR-10, 700 steps).
 
 K = {1: 0.02, 3: 0.1}  # by the number of channels
 
@@ -362,8 +362,8 @@ def objective(model, x0, t, eps, tokens):
 
     Times signal / noise it would be the squared error of the noise: L_simple of Ho et al. (equation
     14). That asks nothing where the pictures are born, near T, and much where x_t shows it all
-    anyway. With 1 + signal / noise it is the error of v (Salimans and Ho 2022, arXiv:2202.00512,
-    section 4); to limit it is from Hang et al. 2023, who limit signal / noise to 5.
+    anyway. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor near T;
+    the limit is from Hang et al. 2023, who limit signal / noise to 5.
     """
     guess = model(diffuse(model.alpha_bar, x0, t, eps), t.to(x0.device), tokens.to(x0.device))
     weight = (1 + signal_to_noise(model.alpha_bar, t)).clamp(max=5).to(x0)
@@ -464,14 +464,15 @@ def guided(model, x, t, tokens, guidance):
 
 
 def denoise(model, prompts, sampling_steps, guidance, eta, seed):
-    """Yield x (N, C, H, W) in [-1, 1]: static, then the picture after each step."""
+    """Yield x (N, C, H, W): static, then the picture after each step, at last in [-1, 1]."""
     if not prompts:
         fail("one prompt at least is needed; the empty one is \"\"")
     noise = None if seed is None else seeded(seed, "sample")
     device, T = model.out.weight.device, model.config.diffusion_steps
     tokens = model.prompt.tokens(prompts).to(device)
     guidance = torch.as_tensor(guidance, dtype=torch.float32).expand(len(prompts)).to(device)
-    times = torch.linspace(T, 0, min(sampling_steps, T) + 1).round().long().tolist()
+    times = torch.linspace(T, 0, min(sampling_steps, T) + 1, dtype=torch.float64)
+    times = times.round().long().tolist()
     x = torch.randn(len(prompts), *model.shape, generator=noise).to(device)
     yield x
     for t, s in zip(times[:-1], times[1:], strict=True):
@@ -491,8 +492,9 @@ def sample(model, prompts, sampling_steps=25, guidance=2.0, eta=0.0, seed=None):
     chain. The same seed gives the same pictures; None draws from torch's global generator.
     UserError for a word that no caption had.
     """
-    *_, x = denoise(model, prompts, sampling_steps, guidance, eta, seed)
-    return (x / 2 + 0.5).clamp(0, 1)
+    for x in denoise(model, prompts, sampling_steps, guidance, eta, seed):
+        images = x / 2 + 0.5  # the last is what counts
+    return images.clamp(0, 1)
 
 
 def load(path, device="cpu"):
@@ -505,7 +507,7 @@ def load(path, device="cpu"):
 
 
 # ==== 6. Judging, on pictures that it never saw ===================================================
-# How many bits, at best, does a picture cost by this chain? x_T, then each x_{t-1} given x_t, at
+# How many bits does a picture cost, at most, by this chain? x_T, then each x_{t-1} given x_t, at
 # last the pixels given x_1; a mean over q, each x_t drawn once (Ho et al. 2020, equation 5):
 #
 #   L = KL( q(x_T|x_0) || N(0, I) ) - log p(x_0|x_1)
@@ -521,7 +523,7 @@ ERROR = 0.02
 
 def widths(alpha_bar, t):
     """Standard deviations of q(x_{t-1}|x_t,x_0) and p(x_{t-1}|x_t); at t = 1 those of t = 2, for
-    there is no chance in the last step of q."""
+    q(x_0|x_1,x_0) leaves nothing to chance."""
     t = max(t, 2)
     share, sigma = step_back(alpha_bar, torch.ones(()), torch.zeros(()), t, t - 1, 1)
     return sigma, math.hypot(sigma, share.item() * ERROR)
@@ -540,7 +542,7 @@ def log_decoder(x0, mean, sigma):
 def bits_per_dim(model, images, every=1, seed=None):
     """The bound L in bits per value, prompt empty: (B, C, H, W) in [0, 1], 256 levels -> (B,).
 
-    All T terms, or for ``every`` > 1 each of them for one picture in ``every``, in place of all:
+    All T terms, or for ``every`` > 1 most of them for one picture in ``every``, in place of all:
     then only the mean over the pictures has a meaning.
     """
     noise = None if seed is None else seeded(seed, "bits")
@@ -652,7 +654,7 @@ def prepare(run, *models):
     config, unseen = run.config, unseen_names(run.config)
     with leader_first():
         data = load_images(config.data, config.data_dir, config.image_size, config.channels)
-    if config.unseen not in ("", Config.unseen) and not set(unseen) <= set(data.names):
+    if config.unseen != Config.unseen and not set(unseen) <= set(data.names):
         fail(f"--unseen {config.unseen}: the kinds are {', '.join(data.names)}")
     data = without(data, unseen)
     if not len(data.train) or not len(data.test):
@@ -719,7 +721,9 @@ def command_line(argv):
     out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
     path = Path(out, "checkpoint.pt")
     if path.exists() and not given.get("restart"):
-        given = read_checkpoint(path)["config"] | given | {"out": out}
+        state = read_checkpoint(path)
+        if state["step"] or given.get("data") in (None, state["config"]["data"]):
+            given = state["config"] | given | {"out": out}
     return Config(**given)
 
 
@@ -738,7 +742,9 @@ def launch(argv, job):
     except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
     return status

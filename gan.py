@@ -127,7 +127,8 @@ def conv(inside, outside):
 
 # ==== 2. The forger of 2015: DCGAN ================================================================
 # Radford, Metz and Chintala found, among many that fail, a pair of networks that trains. What they
-# advise, and what stands here (fid, in README, is how far samples are from MNIST: less is better):
+# advise, and what stands here (fid, in README, is how far samples are from MNIST: less is better;
+# compare within a bracket only, since runs differ in length and settings):
 #
 # - no pooling: the networks learn how to shrink and to grow pictures. There by convolutions with
 #   stride, here by folding 2x2 pixels into channels and back (fid 14.5; with one such convolution
@@ -174,9 +175,9 @@ class DCGAN(nn.Module):
 
 
 # ==== 3. The forger of 2018: StyleGAN =============================================================
-# In DCGAN z enters below, and each level has to pass on what the next ones need. StyleGAN turns it
-# over: the picture grows from a learned constant, the same for all; z becomes, by the mapping
-# network, a style w, and w tells every level how strongly each of its features shall count.
+# In DCGAN z enters once, at the start, and each level has to pass on what the next ones need.
+# StyleGAN turns it over: the picture grows from a learned constant, the same for all; z becomes, by
+# the mapping network, a style w, and w tells every level how strongly each feature shall count.
 
 
 class StyledConv(nn.Module):
@@ -200,8 +201,8 @@ class StyledConv(nn.Module):
         s = self.style(w)                                                            # (B, in)
         x = F.conv2d(x * s[:, :, None, None], self.weight, padding=1)
         if demodulate:
-            length = s.square() @ self.weight.square().sum((2, 3)).T                 # (B, out)
-            x = x * (length + 1e-8).rsqrt()[:, :, None, None]
+            square = s.square() @ self.weight.square().sum((2, 3)).T                 # (B, out)
+            x = x * (square + 1e-8).rsqrt()[:, :, None, None]
         return x + self.bias[:, None, None]
 
 
@@ -420,6 +421,8 @@ def train(config):
         data = load_images(config.data, config.data_dir, config.image_size, config.channels)
         run.same_data(data.train, data.test)
         train, test = data.train, data.test
+        if len(test) < 4:
+            fail(f"{config.data}: at least four held-out pictures are needed to judge on")
         for step in run.steps():
             if step == 0 or run.due(20):
                 run.film(sample(ema.module, 24, seed="film"))
@@ -484,8 +487,8 @@ def load(path, device="cpu"):
 
 
 def duel_score(model, D, test):
-    """How often the detective is right, on held-out real pictures and on fresh fakes: two halves
-    are victory for the forger. And how varied the fakes are: a collapse is named when it comes."""
+    """How often the detective is right, on held-out real pictures and on fresh fakes: one half
+    on each is the forger's victory. And how varied the fakes are: a collapse to a few is named."""
     device = model_device(model)
     test = test[:max(4, len(test) // 4 * 4)]  # whole groups, as in training
     pictures = sample(model, len(test), seed="duel") * 2 - 1
@@ -510,7 +513,7 @@ def variety(pictures, like):
         distance = torch.cdist(x, x) + 1e9 * torch.eye(len(x), device=x.device)
         return distance.amin(1).median()
     n = min(len(pictures), len(like))
-    return (nearest(pictures[:n]) / nearest(like[:n])).item()
+    return (nearest(pictures[:n]) / nearest(like[:n]).clamp(min=1e-6)).item()
 
 
 def two_sample_accuracy(a, b, steps=300, seed=0):
@@ -681,7 +684,9 @@ def command_line(argv):
     out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
     path = Path(out, "checkpoint.pt")
     if path.exists() and not given.get("restart"):
-        given = read_checkpoint(path)["config"] | given | {"out": out}
+        state = read_checkpoint(path)
+        if state["step"] or given.get("data") in (None, state["config"]["data"]):
+            given = state["config"] | given | {"out": out}
     return Config(**given)
 
 
@@ -700,7 +705,9 @@ def launch(argv, job):
     except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
     return status

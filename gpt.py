@@ -710,7 +710,9 @@ def command_line(argv):
     out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
     path = Path(out, "checkpoint.pt")
     if path.exists() and not given.get("restart"):
-        given = read_checkpoint(path)["config"] | given | {"out": out}
+        state = read_checkpoint(path)
+        if state["step"] or given.get("data") in (None, state["config"]["data"]):
+            given = state["config"] | given | {"out": out}
     return Config(**given)
 
 
@@ -729,7 +731,9 @@ def launch(argv, job):
     except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
     return status

@@ -59,7 +59,7 @@ class Config:
     """Every setting, model first; the command line is made from it."""
     kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
     beta: float = knob(1.0, "weight of the KL term (beta-VAE: Higgins et al. 2017)", 0, 1e4)
-    importance: int = knob(1, "draws a picture in the last 30 % of training (chapter 3)", 1, 100)
+    importance: int = knob(1, "draws per picture in the last 30 % of training (chapter 3)", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
     image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
@@ -67,7 +67,7 @@ class Config:
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
     learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
-    draws: int = knob(100, "draws a picture in judging (k of chapter 3)", 1, 10**6)
+    draws: int = knob(100, "draws per picture in judging (k of chapter 3)", 1, 10**6)
     test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
@@ -169,7 +169,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        # Of colour p(x|z) is a bump around each value (below), this wide, learned for R, G and B.
+        # In colour p(x|z) is a bump for each value (chapter 3); the log of its width, for R, G, B.
         self.log_scale = nn.Parameter(torch.full((3,), -2.0)) if config.channels == 3 else None
         # Sampling draws codes at prior_mean + prior_factor @ eps. That is N(0, I), the VAE's prior;
         # the autoencoder has none, and fit_gaussian moves this to where its codes turn out to lie.
@@ -207,8 +207,8 @@ class VAE(nn.Module):
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
 #            =   reconstruction  -  KL( q(z|x) || p(z) )        the evidence lower bound, or ELBO
 #
-# (Kingma and Welling 2013, equation 3). What is lost is KL(q(z|x) || p(z|x)): a perfect guide loses
-# nothing. The KL has a closed form; for the reconstruction one draw of z is enough. So that the
+# (Kingma and Welling 2013, equation 3). The gap is KL(q(z|x) || p(z|x)), 0 if q is the true
+# posterior. The KL has a closed form; one draw of z estimates the reconstruction. So that the
 # gradient reaches the encoder through that draw, z = mean + sigma * eps: chance comes from outside,
 # and z is a differentiable function of mean and sigma. That is the reparametrisation trick.
 
@@ -228,7 +228,7 @@ def log_logistic(middle, log_scale, x):
 
     A value is one of 256, and p is the area of a bell-shaped curve over its bin, 1/255 wide: the
     logistic density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being
-    the bin's ends, seen from the middle, in units of the scale. (For 0 and 1 the bin reaches to
+    (the bin's upper and lower end - the curve's middle) / scale. (For 0 and 1 the bin reaches to
     infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) As a
     product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)), it does not vanish where both are near 1.
     """
@@ -407,8 +407,8 @@ def log_likelihood(model, images, k, seed=None):
 
 
 def judge(model, test):
-    """Means over the first ``test_images`` pictures, in nats per picture; of colour, bits for each
-    value as well. The seeds are fixed: all models are judged on the same tosses."""
+    """Means over the first ``test_images`` pictures, in nats per picture; in colour (vae) also in
+    bits per value. The seeds are fixed: all models are judged on the same tosses."""
     k, parts = model.config.draws, []
     x = scaled(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
     with evaluating(model):
@@ -444,7 +444,7 @@ def draw_samples(run, model):
 
 
 def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, below each how it was rebuilt."""
+    """reconstructions.png: four rows of originals, below each how it came back."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
         rebuilt = model.picture(mean_codes(model, test)).cpu()
@@ -534,7 +534,9 @@ def command_line(argv):
     out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
     path = Path(out, "checkpoint.pt")
     if path.exists() and not given.get("restart"):
-        given = read_checkpoint(path)["config"] | given | {"out": out}
+        state = read_checkpoint(path)
+        if state["step"] or given.get("data") in (None, state["config"]["data"]):
+            given = state["config"] | given | {"out": out}
     return Config(**given)
 
 
@@ -553,7 +555,9 @@ def launch(argv, job):
     except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
     print(f"{NAME}.py:", *words.split(), file=sys.stderr)
     return status
