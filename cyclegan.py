@@ -10,9 +10,9 @@
                                +--> D_B: a real zebra?        and all of it with A and B swapped
 
 Nobody has photographs of one horse in both coats. But a pile of horses and a pile of zebras will
-do: a translator from A to B (G.to_b below) has to please a detective who knows the pile B (gan.py),
-and a second translator, back to A, has to find the original again in the translation. The detective
-sees to it that it looks like a zebra, the way back that it is still this horse.
+do: a translator from A to B (G.to_b below) has to fool a detective, a network that tells B from
+fakes (gan.py), and a second translator, back to A, has to find the original in the translation. The
+detective sees to it that it looks like a zebra, the way back that it is still this horse.
 
     python cyclegan.py                                     on animals that this script draws itself
     python cyclegan.py --translate photos/ --to A          once trained: each picture of a folder
@@ -34,7 +34,7 @@ import math
 import sys
 import warnings
 from collections import Counter, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
@@ -98,14 +98,14 @@ def draw_animals(count, seed, stripes, size=64):
     size, size), 0 to 1: where the animal is. Equal seeds give equal animals."""
     parts = []
     for first in range(0, max(1, count), 100):
-        n, g = min(100, count - first), seeded(seed, first)
+        g = seeded(seed, first)
 
-        def chance(low, high, *shape, n=n, g=g):  # uniform, (n, *shape, 1, 1)
-            return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
+        def chance(low, high, *shape, g=g):  # uniform, (100, *shape, 1, 1)
+            return low + (high - low) * torch.rand(100, *shape, 1, 1, generator=g)
 
         picture = draw_landscape(chance, size)
         parts.append(draw_animal(chance, stripes, picture))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    return tuple(torch.cat(part)[:count] for part in zip(*parts, strict=True))
 
 
 def across(size):
@@ -185,14 +185,14 @@ def draw_animal(chance, stripes, picture):
 PILES = ("trainA", "trainB", "testA", "testB")
 
 # What is known of two piles: pictures to train on and to judge on, bytes (N, 3, H, W) each. For the
-# drawn animals also the truth, by the side translated to: the test animals of the other side in its
-# coat, and where the animal is.
+# drawn animals also the truth: truth["B"] is test A drawn as zebras, truth["A"] test B as horses,
+# each with its mask.
 Piles = namedtuple("Piles", "train_a train_b test_a test_b truth", defaults=(None,))
 
 
 def load_piles(config, training=True):
-    """The piles that ``config.data`` names -> Piles; without ``training`` those of the test, and
-    one picture at most of each other. UserError if there are none."""
+    """The piles that ``config.data`` names -> Piles; without ``training`` only those of the test.
+    UserError if there are none."""
     count, size = config.test_images, config.image_size
     if config.data == "animals":  # no animal stands in two piles
         train = [draw_animals(500 * training, pile, pile[-1] == "B", size)[0] for pile in PILES[:2]]
@@ -220,7 +220,7 @@ def load_piles(config, training=True):
     # Training crops from pictures a little larger, as the authors do. As bytes in memory the 2,401
     # training pictures of horse2zebra take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
     larger = math.ceil(size * 286 / 256)
-    train = [read_pictures(pile[:None if training else 1], larger)[0] for pile in files[:2]]
+    train = [read_pictures(pile, larger)[0] if training else None for pile in files[:2]]
     return Piles(*train, *(read_pictures(pile[:count], size)[0] for pile in files[2:]))
 
 
@@ -284,10 +284,9 @@ class Generator(nn.Module):
     Two more things differ from the paper, since most of a picture shall stay as it is. Instance
     norm takes the mean out of each channel, and with it the colour of the sky; group norm leaves
     the differences between the channels of a group. And the last convolution sees the picture
-    itself beside the features. In trials on drawn animals the sky and the ground of translated
-    horses were wrong by 24 of 255 as in the paper and by 18 with group norm, after 1,500 steps; by
-    9 with both, and with weights of cycle and identity of 3 and 1.5 in place of 10 and 5, after
-    1,000. README has these trials.
+    itself beside the features. In trials the sky and the ground of drawn horses were wrong by 24 of
+    255 with the paper's network, by 18 with group norm (1,500 steps); by 9 with both, cycle and
+    identity weighing 3 and 1.5 for the paper's 10 and 5 (1,000 steps; now 3 and 3). See README.
     """
 
     def __init__(self, config):
@@ -311,11 +310,10 @@ class Discriminator(nn.Module):
     """The detective: pictures (B, 3, H, W) -> a map of verdicts (B, 1, h, w), 1 real, 0 fake.
 
     Each verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and
-    what the animal is doing is the cycle's business. Why 70: a verdict sees r = 1 pixel of the
-    map, and below a convolution with kernel 4 and stride s it sees s (r - 1) + 4. From the last
-    convolution to the first, with strides 1, 1, 2, 2, 2: 1 -> 4 -> 7 -> 16 -> 34 -> 70.
-    (Of a picture of 64x64 it sees nearly all, from its own place; and through the norms a little of
-    all is in every verdict.)
+    what the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. For r
+    pixels out, a convolution of kernel 4 and stride s reads s (r - 1) + 4. With strides 1, 1, 2, 2,
+    2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (Of a picture of 64x64 it is half
+    in a corner and all in the middle; and through the norms a little of all is in every verdict.)
     """
 
     def __init__(self, config):
@@ -388,9 +386,9 @@ def translators_turn(G, D, optimizer, a, b, config):
     identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
               little keeps the sky from changing its colour, as long as it changes back
 
-    In the paper cycle counts 10, and identity, where it is used, 5. Here, where the last
-    convolution sees the picture itself, that makes copying too comfortable: one direction did
-    nothing else for 1,000 steps.
+    In the paper cycle counts 10, and identity, where it is used, 5. But to copy costs neither, and
+    here, where the last convolution sees the picture itself, one direction then did nothing else
+    for 1,000 steps.
 
     Cycle and identity are L1, absolute differences: where a pixel may be black or white, squares
     make grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay
@@ -474,8 +472,8 @@ def train(config):
         Translators(config), nn.ModuleDict({side: Discriminator(config) for side in "ab"})))
     average, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
     past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
-    run = Run(config, model=G, discriminators=D, average=average, past_a=past_a, past_b=past_b,
-              optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    run = Run(replace(config, translate="", to="B"), model=G, discriminators=D, average=average,
+              past_a=past_a, past_b=past_b, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     averages, piles = average.module, load_piles(config, training=not run.finished)
     test = [pile.float() / 255 for pile in piles[2:4]]
     if not run.finished:
@@ -501,7 +499,7 @@ def train(config):
         draw_training(run, averages, test)
         run.finish(judge(averages, piles))
     draw_translations(run, averages, test)
-    translate_all(run, averages, files)
+    translate_all(config, averages, files)
     run.report()
     return averages.eval()
 
@@ -548,10 +546,10 @@ def targets(files, folder):
     return paths
 
 
-def translate_all(run, model, files):
+def translate_all(config, model, files):
     """--translate FOLDER: each picture in it, whatever its size and shape, into translated/, never
     over one of the pictures themselves. What cannot be read is left out, with a word about it."""
-    config, troubles = run.config, []
+    troubles = []
     paths = targets(files, Path(config.out, "translated"))
     inputs = {Path(config.translate, name).resolve() for name in files}
     for path in paths.values():
@@ -614,7 +612,7 @@ def draw_translations(run, model, test):
 
 def both_ways(model, test):
     """Two test pictures of each pile and what becomes of them: A, as B, B, as A -> (8, 3, H, W)."""
-    a, b = (x[:min(2, *map(len, test))] for x in test)
+    a, b = (x[torch.arange(2) % len(x)] for x in test)
     pictures = a, translate(model, a, "B").cpu(), b, translate(model, b, "A").cpu()
     return torch.stack(pictures, 1).flatten(0, 1)
 
@@ -675,6 +673,8 @@ def check_config(config):
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
         if f.name == "data":  # a shell may have put a / behind a folder
             value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
+            if not all(value.split(",")):
+                fail("--data takes a name or a path")
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))

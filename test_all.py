@@ -795,6 +795,7 @@ def test_foreign_checkpoints_are_refused_and_untouched(data, reference, tmp_path
     (["--beta", "2", "--importance", "5"], ["L_k", "--beta"]),
     (["--colour", "red"], ["--colour"]), (["--late", "3"], ["--late"]), (["extra"], ["extra"]),
     (["--samples"], ["--samples"]), (["--device", "cuda:9"], ["cuda"]),
+    (["--data", ""], ["a name or a path"]), (["--data", "a,"], ["a name or a path"]),
     (["--data", "mnits"], ["mnits", "mnist", "digits"]), (["--data", os.devnull], ["folder"])])
 def test_bad_words(tmp_path, monkeypatch, capsys, words, needles):
     monkeypatch.chdir(tmp_path)
@@ -2328,6 +2329,12 @@ def test_grey_of_16_bits_and_transparency():
             assert (picture == torch.tensor(expected)[:, None, None]).all(), (mode, colour)
 
 
+def test_equal_seeds_give_equal_animals():
+    few, many = (cyclegan.draw_animals(n, "A", True, 24) for n in (3, 120))
+    assert all(torch.equal(a, b[:3]) for a, b in zip(few, many, strict=True))
+    assert len(many[0]) == 120 and len(cyclegan.draw_animals(0, "A", True, 24)[0]) == 0
+
+
 def test_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(cyclegan.UserError, match="pip install pillow"):
@@ -2631,6 +2638,8 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     assert {p.name for p in cycled.iterdir()} == names
     assert 0 <= float(rows_of(cycled)[-1]["test_cycle_B"]) <= 255
     model, state = cyclegan.load(cycled / "checkpoint.pt"), weights(cycled)
+    rates = [state[f"optimizer_{who}"]["param_groups"][0]["lr"] for who in "gd"]
+    assert rates[0] > 0 and rates[1] == pytest.approx(0.2 * rates[0])
     assert not model.training and len(state["past_a"]["pictures"]) == 3
     folder, out = tmp_path / "photos", copy_of(cycled, tmp_path)
     folder.mkdir()
@@ -2639,6 +2648,11 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     before = {p: p.read_bytes() for p in folder.iterdir()}
     assert cyclegan.main(["--out", str(out), "--translate", str(folder), "--to", "A"]) == 0
     made = {p.name: p.read_bytes() for p in (out / "translated").iterdir()}
+    words = ["--out", str(out), "--test-images", "1", "--translate", str(folder)]
+    assert cyclegan.main(words) == 0  # judged and drawn again
+    assert weights(out)["config"]["translate"] == ""  # what is asked once is no setting
+    still, frames = decode_png((out / "training.png").read_bytes())
+    assert all(frame.shape == still.shape for frame in frames) and len(frames) > 2
     assert sorted(made) == ["1.jpg.png", "1.png.png", "2.png"]
     sizes = [struct.unpack(">2I", made[name][16:24]) for name in sorted(made)]
     assert sizes == [(18, 33), (40, 17), (16, 16)]

@@ -515,6 +515,8 @@ def check_config(config):
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
         if f.name == "data":  # a shell may have put a / behind a folder
             value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
+            if not all(value.split(",")):
+                fail("--data takes a name or a path")
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
