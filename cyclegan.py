@@ -24,6 +24,8 @@ Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a r
 back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first
 step to the last), metrics.csv, checkpoint.pt, and what --translate made in translated/. The same
 command again goes on where it stopped, with the settings of the checkpoint where none are given.
+On two cores (AMD EPYC, Zen 3) the plain command takes six and a half minutes; of 255, horses made
+from zebras are then wrong by 25 on the animal, where copying is by 65 (README).
 
 Papers: Zhu, Park, Isola, Efros 2017 (arXiv:1703.10593), the cycle; Mao et al. 2016
 (arXiv:1611.04076), squares for the detective; Isola et al. 2016 (arXiv:1611.07004), the detective
