@@ -26,8 +26,8 @@ mostly decodes to a picture, and a walk from code to code passes pictures on its
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
 of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with
 the settings of the checkpoint where none are given; on a finished model it only samples (--seed 1:
-other samples). On two cores (AMD EPYC, Zen 5) the plain command takes two minutes; on MNIST the
-bound on log p(x) reaches -83.7 nats a picture in nine minutes (README).
+other samples). On two cores of an AMD EPYC the plain command takes two minutes (Zen 5) to five (Zen
+3, a slow hour); on MNIST the bound on log p(x) reaches -83.7 nats in nine minutes (README).
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
