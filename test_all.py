@@ -2329,6 +2329,12 @@ def test_grey_of_16_bits_and_transparency():
             assert (picture == torch.tensor(expected)[:, None, None]).all(), (mode, colour)
 
 
+def test_a_huge_picture_is_left_out():
+    content = photograph((8200, 8200), mode="1")
+    with pytest.raises(cyclegan.UserError, match="64 million"):
+        cyclegan.read_picture("huge.png", lambda: content, 16)
+
+
 def test_equal_seeds_give_equal_animals():
     few, many = (cyclegan.draw_animals(n, "A", True, 24) for n in (3, 120))
     assert all(torch.equal(a, b[:3]) for a, b in zip(few, many, strict=True))
