@@ -491,9 +491,8 @@ def train(config):
         a, b = (batch_of(pile, some, config.image_size).to(device)
                 for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
         as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
-        run.log(**figures)
         fakes = past_a.swap(as_a), past_b.swap(as_b)
-        run.log(**detectives_turn(D, optimizer_d, (a, b), fakes))
+        run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes))
         average.update_parameters(G)
         if run.due(5):  # now and then, to see how it comes on
             draw_translations(run, averages, test)
