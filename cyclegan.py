@@ -62,6 +62,7 @@ class Config:
     image_size: int = knob(64, "height and width in training; a multiple of 4", 24, 1024)
     cycle_weight: float = knob(3.0, "how much finding the way back counts", 0, 1e4)
     identity_weight: float = knob(3.0, "how much leaving its own kind alone counts", 0, 1e4)
+    r1: float = knob(10.0, "weight of the penalty on the detectives' slopes", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
     steps: int = knob(2400, "steps in all, each an update of all four", 1, 10**8)
     batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
@@ -146,9 +147,9 @@ def draw_animal(chance, stripes, picture):
     It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
     body wherever it stands."""
     size, (x, y) = picture.shape[3], across(picture.shape[3])
-    scale, facing, lean = chance(0.48, 0.68, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
-    x, y = (x - chance(-0.15, 0.15, 1)) * facing / scale, (y - chance(-0.15, 0.1, 1)) / scale
-    u, v = lean.cos() * x + lean.sin() * y, lean.cos() * y - lean.sin() * x
+    scale, facing, lean = chance(0.62, 0.8, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
+    x, y = (x - chance(-0.1, 0.1, 1)) * facing / scale, (y - chance(-0.12, 0.05, 1)) / scale
+    u, v = lean.cos() * x + lean.sin() * y + 0.1, lean.cos() * y - lean.sin() * x
 
     # Coats: from chestnut over brown to grey; a zebra's light stripes are tinted by it.
     coat = chance(0.3, 1.0, 1) * torch.tensor([0.75, 0.45, 0.25])[:, None, None]
@@ -160,16 +161,16 @@ def draw_animal(chance, stripes, picture):
     for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, two near ones
         swing, shade = chance(-0.16, 0.16, 1), 0.7 if i < 2 else 0.95
         knee, hoof = (hip + swing, -0.55), (hip + 1.3 * swing, -0.95)
-        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.32, 0),
-                  ((knee, hoof, 0.065, 0.05), None, shade, 0.32, 0)]
+        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.4, 0),
+                  ((knee, hoof, 0.065, 0.05), None, shade, 0.4, 0)]
     neck, tail = chance(0.45, 0.95, 1), (-0.86 - chance(-0.1, 0.25, 1), -0.38)
     top = a, b = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
     nose = c, d = a + chance(0.29, 0.34, 1), b - chance(0.11, 0.29, 1)
     parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]    # between far and near legs
     parts += [(((0.42, 0.3), (a - 0.08, b + 0.08), 0.06, 0.07), hair, 1, 0, 0),              # mane
-              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.42, 0),
-              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.42, 0),
-              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.42, 0.25),              # body
+              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.5, 0),
+              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.5, 0),
+              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.5, 0.25),              # body
               ((top, nose, 0.12, 0.075), None, sun, 0.32, 0),                                # head
               ((nose, (c + 0.01, d), 0.075, 0.075), muzzle, 1, 0, 0),
               (((a + 0.1, b), (a + 0.11, b), 0.03, 0.03), dark, 1, 0, 0)]                    # eye
@@ -249,12 +250,11 @@ def batch_of(pile, rows, size):
 # ==== 2. The networks =============================================================================
 
 
-def norm(channels, together=1):
-    """Each channel of each picture to mean 0 and variance 1, or ``together`` channels as one. Alone
-    it is instance norm (Ulyanov et al. 2016, arXiv:1607.08022), as in the paper; together, group
-    norm (Wu and He 2018, arXiv:1803.08494). Then a learned scale and shift. Either way no picture
-    depends on the others of its batch."""
-    return nn.GroupNorm(channels // together, channels)
+def norm(channels):
+    """Eight channels of a picture at a time to mean 0 and variance 1, then a learned scale and
+    shift: group norm (Wu and He 2018, arXiv:1803.08494). No picture depends on the others of its
+    batch."""
+    return nn.GroupNorm(channels // 8, channels)
 
 
 def conv(inside, outside, kernel, stride=1):
@@ -267,8 +267,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.layers = nn.Sequential(conv(width, width, 3), norm(width, 8), nn.ReLU(),
-                                    conv(width, width, 3), norm(width, 8))
+        self.layers = nn.Sequential(conv(width, width, 3), norm(width), nn.ReLU(),
+                                    conv(width, width, 3), norm(width))
 
     def forward(self, x):
         return x + self.layers(x)
@@ -295,12 +295,12 @@ class Generator(nn.Module):
         super().__init__()
         w = config.width
         self.layers = nn.Sequential(
-            conv(3, w, 7), norm(w, 8), nn.ReLU(),                              # (B, w, H, W)
-            conv(w, 2 * w, 3, stride=2), norm(2 * w, 8), nn.ReLU(),            # (B, 2 w, H/2, W/2)
-            conv(2 * w, 4 * w, 3, stride=2), norm(4 * w, 8), nn.ReLU(),        # (B, 4 w, H/4, W/4)
+            conv(3, w, 7), norm(w), nn.ReLU(),                              # (B, w, H, W)
+            conv(w, 2 * w, 3, stride=2), norm(2 * w), nn.ReLU(),            # (B, 2 w, H/2, W/2)
+            conv(2 * w, 4 * w, 3, stride=2), norm(4 * w), nn.ReLU(),        # (B, 4 w, H/4, W/4)
             *[ResidualBlock(4 * w) for _ in range(config.blocks)],
-            nn.Upsample(scale_factor=2), conv(4 * w, 2 * w, 3), norm(2 * w, 8), nn.ReLU(),
-            nn.Upsample(scale_factor=2), conv(2 * w, w, 3), norm(w, 8), nn.ReLU())
+            nn.Upsample(scale_factor=2), conv(4 * w, 2 * w, 3), norm(2 * w), nn.ReLU(),
+            nn.Upsample(scale_factor=2), conv(2 * w, w, 3), norm(w), nn.ReLU())
         self.paint = conv(w + 3, 3, 7)
 
     def forward(self, x):
@@ -320,10 +320,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        w = config.width
-        layers, before = [nn.Conv2d(3, w, 4, 2, 1), nn.LeakyReLU(0.2)], w
-        for width, stride in ((2 * w, 2), (4 * w, 2), (8 * w, 1)):
-            layers += [nn.Conv2d(before, width, 4, stride, 1), norm(width), nn.LeakyReLU(0.2)]
+        layers, before, w = [], 3, config.width
+        for width, stride in ((w, 2), (2 * w, 2), (4 * w, 2), (8 * w, 1)):
+            layers += [nn.Conv2d(before, width, 4, stride, 1), nn.LeakyReLU(0.2)]
             before = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(before, 1, 4, 1, 1))
 
@@ -410,18 +409,28 @@ def translators_turn(G, D, optimizer, a, b, config):
     return as_a, as_b, {"fool": fool, "cycle": cycle, "identity": same}
 
 
-def detectives_turn(D, optimizer, real, fakes):
+def r1_penalty(detective, real):
+    """Mean over real pictures (B, 3, H, W) of the squared gradient of the mean verdict by the
+    pixels, halved (Mescheder et al. 2018, arXiv:1801.04406, equation 9; gan.py)."""
+    real = real.detach().requires_grad_()
+    verdicts = detective(real).mean((1, 2, 3))                                              # (B,)
+    (slope,) = torch.autograd.grad(verdicts.sum(), real, create_graph=True)
+    return 0.5 * slope.square().sum((1, 2, 3)).mean()
+
+
+def detectives_turn(D, optimizer, real, fakes, r1=0.0):
     """One step of both detectives; ``real`` and ``fakes`` are pairs (of A, of B), the fakes of A
-    made from B. Halved, as in the paper, though to Adam a constant factor makes no difference."""
+    made from B; ``r1`` is the weight of the penalty in this step -> its figures."""
     D.requires_grad_(True)
-    loss = 0
+    loss, penalty = 0, 0
     for name, x, fake in zip("ab", real, fakes, strict=True):
         of_real, of_fake = D[name](torch.cat([x, fake])).chunk(2)
         loss = loss + (verdict_loss(of_real, 1) + verdict_loss(of_fake, 0)) / 2
+        penalty = penalty + (r1_penalty(D[name], x) if r1 else 0)
     optimizer.zero_grad()
-    loss.backward()
+    (loss + r1 * penalty).backward()
     optimizer.step()
-    return {"detectives": loss}
+    return {"detectives": loss} | ({"r1": penalty} if r1 else {})
 
 
 # ==== 4. Training =================================================================================
@@ -432,24 +441,10 @@ def schedule(progress):
     return min(1.0, 2 * (1 - progress))
 
 
-def begin(net):
-    """Weights from N(0, 0.02), as in the paper (section 7.1 there)."""
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.normal_(m.weight, std=0.02)
-            nn.init.zeros_(m.bias)
-    return net
-
-
 def adam(net):
     """Adam with momentum 0.5 in place of 0.9, as the paper's authors have it: what is right changes
     with every step of the other side."""
     return torch.optim.Adam(net.parameters(), betas=(0.5, 0.999), fused=True)
-
-
-# At the translators' rate the detectives are hardly better than chance: they see two pictures a
-# step, and forget as fast as they learn. At a fifth of it stripes are stripes (README has figures).
-DETECTIVES_PACE = 0.2
 
 
 def averaged(model):
@@ -470,7 +465,7 @@ def train(config):
         fail(f"--translate {config.translate}: no pictures there")
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
-    G, D = (begin(net).to(device, memory_format=torch.channels_last) for net in (
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (
         Translators(config), nn.ModuleDict({side: Discriminator(config) for side in "ab"})))
     average, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
     past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
@@ -483,16 +478,17 @@ def train(config):
     for step in run.steps():
         if step == 0 or run.due(10):
             run.film(both_ways(averages, test))
-        for optimizer, pace in ((optimizer_g, 1), (optimizer_d, DETECTIVES_PACE)):
+        for optimizer in (optimizer_g, optimizer_d):
             rate = config.learning_rate * schedule(step / config.steps)
-            optimizer.param_groups[0]["lr"] = pace * rate
+            optimizer.param_groups[0]["lr"] = rate
         rows = run.batch_rows(len(piles.train_a))  # and for each a partner drawn at random
         partners = torch.randint(len(piles.train_b), rows.shape)
         a, b = (batch_of(pile, some, config.image_size).to(device)
                 for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
         as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
         fakes = past_a.swap(as_a), past_b.swap(as_b)
-        run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes))
+        due = 4 * config.r1 if step % 4 == 0 else 0  # in one step of four, fourfold: it is dear
+        run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, due))
         average.update_parameters(G)
         if run.due(5):  # now and then, to see how it comes on
             draw_translations(run, averages, test)
@@ -635,8 +631,8 @@ def main(argv=None):
 # What they ask of this file: its name in checkpoints and folders, the settings that may not change
 # once training has begun, and those on whose change a trained model is judged again.
 NAME = "cyclegan"
-FIXED = ("width", "blocks", "image_size", "cycle_weight", "identity_weight", "buffer", "data",
-         "batch_size", "seed")
+FIXED = ("width", "blocks", "image_size", "cycle_weight", "identity_weight", "r1", "buffer",
+         "data", "batch_size", "seed")
 JUDGING = ("test_images",)
 
 
