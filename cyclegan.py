@@ -64,7 +64,7 @@ class Config:
     identity_weight: float = knob(3.0, "how much leaving its own kind alone counts", 0, 1e4)
     r1: float = knob(10.0, "weight of the penalty on the detectives' slopes", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
-    steps: int = knob(2400, "steps in all, each an update of all four", 1, 10**8)
+    steps: int = knob(2800, "steps in all, each an update of all four", 1, 10**8)
     batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
     learning_rate: float = knob(1e-3, "of the translators; from half way on down to 0", 0, 1)
     translate: str = knob("", "once trained: translate the pictures of this folder or .zip")
@@ -147,8 +147,8 @@ def draw_animal(chance, stripes, picture):
     It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
     body wherever it stands."""
     size, (x, y) = picture.shape[3], across(picture.shape[3])
-    scale, facing, lean = chance(0.62, 0.8, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
-    x, y = (x - chance(-0.1, 0.1, 1)) * facing / scale, (y - chance(-0.12, 0.05, 1)) / scale
+    scale, facing, lean = chance(0.66, 0.82, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
+    x, y = (x - chance(-0.08, 0.08, 1)) * facing / scale, (y - chance(-0.12, 0.05, 1)) / scale
     u, v = lean.cos() * x + lean.sin() * y + 0.1, lean.cos() * y - lean.sin() * x
 
     # Coats: from chestnut over brown to grey; a zebra's light stripes are tinted by it.
@@ -171,7 +171,7 @@ def draw_animal(chance, stripes, picture):
               (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.5, 0),
               (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.5, 0),
               (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.5, 0.25),              # body
-              ((top, nose, 0.12, 0.075), None, sun, 0.32, 0),                                # head
+              ((top, nose, 0.12, 0.075), None, sun, 0.4, 0),                                 # head
               ((nose, (c + 0.01, d), 0.075, 0.075), muzzle, 1, 0, 0),
               (((a + 0.1, b), (a + 0.11, b), 0.03, 0.03), dark, 1, 0, 0)]                    # eye
     mask = torch.zeros_like(picture[:, :1])

@@ -16,7 +16,7 @@ to pure static, it lets a picture emerge that never was. Words steer it: what th
 the network's opinion is multiplied by the guidance.
 
     python ddpm.py                                         on digits that this script draws itself
-    python ddpm.py --prompt "a bold slanted seven"         once trained: draw this, and others
+    python ddpm.py --prompt "a bold slanted seven"         once trained: draw this alone
     python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
     python ddpm.py --data cifar10 --prompt "a horse"       in colour; or photographs/, of your own
@@ -63,7 +63,7 @@ class Config:
     diffusion_steps: int = knob(1000, "T, steps from a picture to static", 2, 10**5)
     width: int = knob(32, "channels at half the size, thrice at a quarter; multiple of 8", 8, 1024)
     blocks: int = knob(2, "residual blocks at a quarter, attention after each", 1, 100)
-    image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
+    image_size: int = knob(0, "height and width, in fours; 0: 28, of colour data 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     vocab_size: int = knob(256, "words that captions may use, and one more", 2, 2**16)
     drop_caption: float = knob(0.1, "share of pictures shown without caption, for guidance", 0, 1)
@@ -182,9 +182,9 @@ def diffuse(alpha_bar, x0, t, eps):
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
 # sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is noise too
-# faint to be seen: with less, x_t passes through; with more, hardly, or haze would stay on black.
-# Colour has little black, and more than a small network can repeat: there K = 0.1 in place of 0.02
-# gives 7.3 bits a value (chapter 6), not 16, and a little grain (CIFAR-10, 700 steps).
+# faint to be seen. If x_t has less, it passes through; if more, hardly, or black would stay hazy.
+# Colour has little black, and more detail than a small network can repeat: there K = 0.1, not 0.02,
+# gives 7.3 bits a value (chapter 6) in place of 16, and a little grain (CIFAR-10, 700 steps).
 
 K = {1: 0.02, 3: 0.1}  # by the number of channels
 
@@ -542,8 +542,8 @@ def log_decoder(x0, mean, sigma):
 def bits_per_dim(model, images, every=1, seed=None):
     """The bound L in bits per value, prompt empty: (B, C, H, W) in [0, 1], 256 levels -> (B,).
 
-    All T terms, or for ``every`` > 1 most of them for one picture in ``every``, in place of all:
-    then only the mean over the pictures has a meaning.
+    With ``every`` > 1 each KL within the sum is taken for one picture in ``every`` only, that many
+    times as heavily: then only the mean over the pictures has a meaning.
     """
     noise = None if seed is None else seeded(seed, "bits")
     device, T, alpha_bar = model.out.weight.device, model.config.diffusion_steps, model.alpha_bar
@@ -663,7 +663,7 @@ def prepare(run, *models):
     for model in models:
         model.prompt.learn([name for name in data.names if name not in unseen])
     models[0].prompt.tokens(config.prompt)  # an unknown word is better known before the work
-    # Six captions for each, some of them equal: half of them the full one.
+    # Six captions for each, some of them equal; of drawn digits half are the full one.
     texts = [t for n in data.names for t in (captions(n) * 6 if n not in unseen else [""] * 6)[:6]]
     return data, models[0].prompt.tokens(texts).unflatten(0, (-1, 6))
 

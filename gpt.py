@@ -215,7 +215,7 @@ def rotate(x, rotation):
 class Attention(nn.Module):
     """Each token asks (query), each offers (key): the better they match, the more value it gets.
 
-        softmax( q k^T / sqrt(D) + mask ) v               (3.2; F.scaled_dot_product_attention)
+        softmax( q k^T / sqrt(D) + mask ) v          (equation 1; F.scaled_dot_product_attention)
 
     H heads do so, each in D numbers of its own, made from all W: one may look for verbs, one for
     brackets. Without sqrt(D), sums of many products are so large that the softmax sees little but
@@ -359,9 +359,9 @@ class Muon(torch.optim.Optimizer):
     A matrix's update (SVD: U S V^T) has, as a rule, few strong directions and many weak ones, and
     the strong take nearly all of the step. Muon steps by about U V^T, all directions alike. No SVD
     is needed: a round  x <- a x + b (x x^T) x + c (x x^T)^2 x  makes each singular value s into
-    a s + b s^3 + c s^5, and three bring all but small ones to between 0.7 and 1.2. Three do better
+    a s + b s^3 + c s^5, and three bring all but small ones to about 0.7 to 1.2. Three do better
     here than the usual five, which cost more. (torch.optim.Muon is slow on a CPU.) Steps of tall
-    matrices are larger, so that their outputs change as much.
+    matrices are larger, so that each of their outputs changes as much as those of square ones.
     """
 
     def __init__(self, matrices):
@@ -508,7 +508,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
         return logits.argmax().item()
     p = ((logits - logits.max()) / temperature).softmax(0)
     p, order = p.sort(descending=True)
-    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # those before it are not the share yet
+    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # those before it: below the share
     keep[0] = True
     if top_k:
         keep[top_k:] = False
@@ -523,7 +523,7 @@ def stream(model, prompt, tokens, temperature=0.7, top_k=0, top_p=0.95, seed=Non
     noise = None if seed is None else seeded(seed, "text")
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     context, pieces = Context(model), model.tokenizer.pieces()
-    new = model.tokenizer.encode(prompt or "\n\n")
+    new = model.tokenizer.encode(prompt) or list(b"\n\n")  # as in training: before a word, bytes
     for _ in range(tokens):
         new = [choose(context.read(new), temperature, top_k, top_p, noise)]
         yield utf8.decode(pieces[new[0]])

@@ -2040,8 +2040,12 @@ def test_what_a_gan_run_leaves(forger, tmp_path):
     assert not torch.equal(weight, state["model"]["layers.2.weight"]) and not model.training
     out = copy_of(forger, tmp_path)
     assert gan.main(["--out", str(out), "--export", "3", "--truncation", "0.5"]) == 0
-    assert [p.name for p in sorted((out / "export").iterdir())] == [f"{i:06}.png" for i in range(3)]
     assert (out / "samples.png").read_bytes() != (forger / "samples.png").read_bytes()
+    (out / "export" / "mine.png").touch()
+    for count in (3, 2):  # a smaller export takes away what was left of the larger one
+        assert gan.main(["--out", str(out), "--export", str(count)]) == 0
+        names = [f"{i:06}.png" for i in range(count)] + ["mine.png"]
+        assert [p.name for p in sorted((out / "export").iterdir())] == names
 
 
 def test_gan_killed_and_started_again(job, forger):

@@ -62,7 +62,7 @@ class Config:
     importance: int = knob(1, "draws per picture in the last 30 % of training (chapter 3)", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
-    image_size: int = knob(0, "height and width, in fours; 0: 28, or 32 in colour", 0, 1024)
+    image_size: int = knob(0, "height and width, in fours; 0: 28, of colour data 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
@@ -226,11 +226,11 @@ def log_bernoulli(logits, x):
 def log_logistic(middle, log_scale, x):
     """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats.
 
-    A value is one of 256, and p is the area of a bell-shaped curve over its bin, 1/255 wide: the
-    logistic density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being
-    (the bin's upper and lower end - the curve's middle) / scale. (For 0 and 1 the bin reaches to
-    infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) As a
-    product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)), it does not vanish where both are near 1.
+    A value is one of 256, and p is the area of a bump over its bin, 1/255 wide: of the logistic
+    density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being (the
+    bin's upper and lower end - the bump's middle) / scale. (For 0 and 1 the bin reaches to
+    infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) Computed as
+    a product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)), it is never rounded to 0.
     """
     scale = log_scale.exp()[:, None, None]
     a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
