@@ -2224,14 +2224,15 @@ def test_each_turn_leaves_the_other_side_as_it_was():
 
 
 def test_partners_change_and_the_past_stays_in_its_pile(tmp_path, monkeypatch, piles):
-    drawn, heard, batch_of = [], [], cyclegan.batch_of
+    drawn, heard, penalties, batch_of = [], [], [], cyclegan.batch_of
     marks = [torch.full((1, 3, 32, 32), number) for number in (-0.5, 0.5)]
     monkeypatch.setattr(cyclegan, "batch_of", lambda pile, rows, size: (
         drawn.append(rows.tolist()), batch_of(pile, rows, size))[1])
     monkeypatch.setattr(cyclegan, "translators_turn", lambda *args: (*marks, {}))
     monkeypatch.setattr(cyclegan, "detectives_turn", lambda D, optimizer, real, fakes, r1: (
-        heard.append(fakes), {})[1])
-    assert cyclegan.main(cycle_words(tmp_path, data=piles, steps=28)) == 0
+        heard.append(fakes), penalties.append(r1), {})[2])
+    assert cyclegan.main(cycle_words(tmp_path, data=piles, steps=28, r1=3)) == 0
+    assert penalties == 7 * [12, 0, 0, 0]
     pairs = [(a, b) for (a,), (b,) in zip(drawn[::2], drawn[1::2], strict=True)]
     epochs = [dict(pairs[i:i + 7]) for i in range(0, 28, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)  # every picture of A, once
