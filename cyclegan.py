@@ -66,7 +66,7 @@ class Config:
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
     steps: int = knob(2800, "steps in all, each an update of all four", 1, 10**8)
     batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
-    learning_rate: float = knob(1e-3, "of the translators; from half way on down to 0", 0, 1)
+    learning_rate: float = knob(1e-3, "of all networks; from half way on down to 0", 0, 1)
     translate: str = knob("", "once trained: translate the pictures of this folder or .zip")
     to: str = knob("B", "what --translate translates to", "A", "B")
     test_images: int = knob(100, "held-out pictures of each pile to judge on", 1, 10**5)
@@ -205,6 +205,8 @@ def load_piles(config, training=True):
                  "A": (draw_animals(count, "B", False, size)[0], mask_b)}
         return Piles(*train, a, b, truth)
     folders = [Path(part) for part in config.data.split(",")]
+    if len(folders) > 2:
+        fail(f"--data {config.data}: two folders at most")
     if len(folders) == 2:  # every tenth by name is held out, of fewer than ten the last
         piles = [list(picture_files(folder).items()) for folder in folders]
         files = [[f for i, f in enumerate(pile) if (i % 10 == min(9, len(pile) - 1)) == held_out]
@@ -312,9 +314,9 @@ class Discriminator(nn.Module):
     Each verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and
     what the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. For r
     pixels out, a convolution of kernel 4 and stride s reads s (r - 1) + 4. With strides 1, 1, 2, 2,
-    2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (Of a picture of 64x64 it is half
-    in a corner and all in the middle.) The paper's has instance norms between its convolutions;
-    here a penalty on its slopes, below, keeps it in check (README: what the choices gained).
+    2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (Of 64x64 a verdict in a corner
+    sees half, one in the middle nearly all.) The paper's has instance norms in between; here a
+    penalty on its slopes, below, keeps it in check (README: what the choices gained).
     """
 
     def __init__(self, config):
@@ -386,9 +388,9 @@ def translators_turn(G, D, optimizer, a, b, config):
     identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
               little keeps the sky from changing its colour, as long as it changes back
 
-    In the paper cycle counts 10, and identity, where it is used, 5. But to copy costs neither, and
-    here, where the last convolution sees the picture itself, one direction then did nothing else
-    for 1,000 steps.
+    In the paper cycle counts 10, and identity, where it is used, 5. But a mere copy pays for
+    neither, and with the picture itself before the last convolution a copy is easily made: the
+    heavier they count, the longer nothing else is (README).
 
     Cycle and identity are L1, absolute differences: where a pixel may be black or white, squares
     make grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay
@@ -562,6 +564,8 @@ def translate_all(config, model, files):
         image = translate(model, picture[None] / 255, config.to)[0]
         image = (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         write_file(paths[name], png(image))
+    if troubles and len(troubles) == len(files):
+        fail(troubles[0])
     if troubles:
         print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
               file=sys.stderr)

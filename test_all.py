@@ -2704,6 +2704,10 @@ def test_translate_never_writes_over_its_input(cycled, tmp_path, capsys):
     made = sorted(p.name for p in (out / "translated").iterdir())
     assert made == ["1.png-2.png", "1.png.png", "2.PNG.png", "2.jpg.png", "3.png"]
     assert "left out 2 of 7" in capsys.readouterr().err
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "tiny.png").write_bytes(photograph((9, 20)))
+    assert cyclegan.main([*words, str(tmp_path / "odd")]) == 2  # not one could be translated
+    assert "smaller than 16 pixels" in capsys.readouterr().err
     before = {p: p.read_bytes() for p in out.rglob("*.png")}
     assert cyclegan.main([*words, str(out)]) == 2
     assert "choose another --out" in capsys.readouterr().err
@@ -2744,6 +2748,7 @@ def test_cyclegan_on_drawn_animals_and_on_two_folders(tmp_path):
 
 @pytest.mark.parametrize("words, needle", [
     (["--image-size", "30"], "--image-size"), (["--data", "no", "--restart"], "horse2zebra"),
+    (["--data", "a,b,c", "--restart"], "two folders at most"),
     (["--cycle-weight", "4"], "--restart"), (["--translate", "nowhere"], "nowhere"),
     (["--data", "."], "--restart")])
 def test_cyclegan_refuses_in_one_line(cycled, piles, tmp_path, capsys, words, needle):
