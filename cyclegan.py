@@ -60,13 +60,13 @@ class Config:
     width: int = knob(16, "channels of the finest layers; a multiple of 8", 8, 512)
     blocks: int = knob(4, "residual blocks in the middle of a translator", 0, 64)
     image_size: int = knob(64, "height and width in training; a multiple of 4", 24, 1024)
-    cycle_weight: float = knob(3.0, "how much finding the way back counts", 0, 1e4)
-    identity_weight: float = knob(3.0, "how much leaving its own kind alone counts", 0, 1e4)
+    cycle_weight: float = knob(10.0, "how much finding the way back counts", 0, 1e4)
+    identity_weight: float = knob(5.0, "how much leaving its own kind alone counts", 0, 1e4)
     r1: float = knob(10.0, "weight of the penalty on the detectives' slopes", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
     steps: int = knob(2800, "steps in all, each an update of all four", 1, 10**8)
     batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
-    learning_rate: float = knob(1e-3, "of all networks; from half way on down to 0", 0, 1)
+    learning_rate: float = knob(5e-4, "of all networks; from half way on down to 0", 0, 1)
     translate: str = knob("", "once trained: translate the pictures of this folder or .zip")
     to: str = knob("B", "what --translate translates to", "A", "B")
     test_images: int = knob(100, "held-out pictures of each pile to judge on", 1, 10**5)
@@ -388,9 +388,8 @@ def translators_turn(G, D, optimizer, a, b, config):
     identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
               little keeps the sky from changing its colour, as long as it changes back
 
-    In the paper cycle counts 10, and identity, where it is used, 5. But a mere copy pays for
-    neither, and with the picture itself before the last convolution a copy is easily made: the
-    heavier they count, the longer nothing else is (README).
+    A mere copy of the picture pays for neither of the last two. Where nothing but copies comes of
+    photographs, let both count less (README).
 
     Cycle and identity are L1, absolute differences: where a pixel may be black or white, squares
     make grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay

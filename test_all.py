@@ -2670,7 +2670,7 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     assert 0 <= float(rows_of(cycled)[-1]["test_cycle_B"]) <= 255
     model, state = cyclegan.load(cycled / "checkpoint.pt"), weights(cycled)
     rates = [state[f"optimizer_{who}"]["param_groups"][0]["lr"] for who in "gd"]
-    assert rates[0] == rates[1] == pytest.approx(1e-3 * cyclegan.schedule(44 / 45))
+    assert rates[0] == rates[1] == pytest.approx(5e-4 * cyclegan.schedule(44 / 45))
     assert not model.training and len(state["past_a"]["pictures"]) == 3
     folder, out = tmp_path / "photos", copy_of(cycled, tmp_path)
     folder.mkdir()
