@@ -523,7 +523,7 @@ def stream(model, prompt, tokens, temperature=0.7, top_k=0, top_p=0.95, seed=Non
     noise = None if seed is None else seeded(seed, "text")
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     context, pieces = Context(model), model.tokenizer.pieces()
-    new = model.tokenizer.encode(prompt) or list(b"\n\n")  # as in training: before a word, bytes
+    new = model.tokenizer.encode(prompt or "\n\n")
     for _ in range(tokens):
         new = [choose(context.read(new), temperature, top_k, top_p, noise)]
         yield utf8.decode(pieces[new[0]])
