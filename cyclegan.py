@@ -26,8 +26,8 @@ Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a r
 back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first
 step to the last), metrics.csv, checkpoint.pt, and what --translate made in translated/. The same
 command again goes on where it stopped, with the settings of the checkpoint where none are given.
-On two cores of a Xeon the plain command takes four and a half minutes; of 255, the animal is then
-wrong by 28 as a zebra and by 16 as a horse, where copying is by 67 (README).
+On two cores of a Xeon the plain command takes four minutes; of 255, the animal is then wrong by 28
+as a zebra and by 16 as a horse, where copying is by 67 (README).
 
 Papers: Zhu, Park, Isola, Efros 2017 (arXiv:1703.10593), the cycle; Mao et al. 2016
 (arXiv:1611.04076), squares for the detective; Isola et al. 2016 (arXiv:1611.07004), the detective
@@ -267,6 +267,27 @@ def conv(inside, outside, kernel, stride=1):
     return nn.Conv2d(inside, outside, kernel, stride, kernel // 2, padding_mode="reflect")
 
 
+class Doubling(nn.Conv2d):
+    """Each pixel repeated to 2x2, then a 3x3 convolution: (B, c, h, w) -> (B, out, 2 h, 2 w).
+
+    Nine taps then meet no more than 2x2 different pixels. So it is computed at the small size, in
+    2.25 times fewer operations: four kernels of 2x2, one for each place in a group of 2x2, with the
+    weights of those taps added up that meet the same pixel. The result is the same, and steps
+    of translators 64 wide take 2 to 12 % less time (16 wide, as much).
+    """
+
+    def forward(self, x):
+        # Which of three rows of taps fall on the upper and on the lower of two pixels: for a place
+        # in the lower half of the upper one, and for one in the upper half of the lower one.
+        t = torch.tensor([[[1., 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], device=x.device)
+        weight = torch.einsum("pai,qbj,ocij->opqcab", t, t, self.weight).flatten(0, 2)
+        weight = weight.contiguous(memory_format=torch.channels_last)        # (4 out, c, 2, 2)
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight,
+                     self.bias.repeat_interleave(4))                         # (B, 4 out, h+1, w+1)
+        x = F.pixel_shuffle(x, 2)[:, :, 1:-1, 1:-1]                          # (B, out, 2 h, 2 w)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions whose result is added: (B, c, h, w) -> the same shape."""
 
@@ -291,7 +312,7 @@ class Generator(nn.Module):
     Two more things differ from the paper, since most of a picture shall stay as it is. Instance
     norm takes the mean out of each channel, and with it the colour of the sky; group norm leaves
     the differences between the channels of a group. And the last convolution sees the picture
-    itself beside the features. README has what each of them gains.
+    itself beside the features. (On the drawn animals only the latter makes a difference: README.)
     """
 
     def __init__(self, config):
@@ -302,8 +323,8 @@ class Generator(nn.Module):
             conv(w, 2 * w, 3, stride=2), norm(2 * w), nn.ReLU(),            # (B, 2 w, H/2, W/2)
             conv(2 * w, 4 * w, 3, stride=2), norm(4 * w), nn.ReLU(),        # (B, 4 w, H/4, W/4)
             *[ResidualBlock(4 * w) for _ in range(config.blocks)],
-            nn.Upsample(scale_factor=2), conv(4 * w, 2 * w, 3), norm(2 * w), nn.ReLU(),
-            nn.Upsample(scale_factor=2), conv(2 * w, w, 3), norm(w), nn.ReLU())
+            Doubling(4 * w, 2 * w, 3), norm(2 * w), nn.ReLU(),              # (B, 2 w, H/2, W/2)
+            Doubling(2 * w, w, 3), norm(w), nn.ReLU())                      # (B, w, H, W)
         self.paint = conv(w + 3, 3, 7)
 
     def forward(self, x):

@@ -2180,6 +2180,20 @@ def test_cycle_losses_against_hand_values():
     assert torch.equal(G.to_b.number.grad, before) and D["a"].number.grad is not None
 
 
+@pytest.mark.parametrize("size", [(1, 2), (6, 5)])
+def test_doubling_is_repeating_and_convolving(size):
+    torch.manual_seed(0)
+    ours, plain = cyclegan.Doubling(4, 3, 3), cyclegan.conv(4, 3, 3)
+    plain.load_state_dict(ours.state_dict())
+    x, weights = torch.randn(2, 4, *size), (ours.weight, plain.weight)
+    made, wanted = ours(x), plain(F.interpolate(x, scale_factor=2))
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
+    pull = torch.randn_like(made)
+    slopes = [torch.autograd.grad((y * pull).sum(), w)[0]
+              for y, w in zip((made, wanted), weights, strict=True)]
+    torch.testing.assert_close(*slopes, atol=1e-4, rtol=0)
+
+
 def test_cyclegan_r1_against_hand_values():
     """A detective whose verdict is scale x, on 3 x 4 x 4 values, has the mean slope scale / 48 at
     each of them: the penalty is half of 48 (scale / 48)^2, for pictures of any number."""
