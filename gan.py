@@ -27,9 +27,9 @@ samples, each above the training picture nearest to it), metrics.csv, checkpoint
 command again goes on where it stopped, with the settings of the checkpoint where none are given;
 on a finished model it only samples (--seed 1: other samples).
 
-On two cores the plain command trains for some 190 s. On MNIST 16,000 steps of dcgan take 570 s and
-reach fid 2.8; 10,000 of stylegan with --latent-dim 64 take 440 s, and fid 3.1 to 4.2, by seed
-(README says more).
+On two cores the plain command trains for 83 s (Xeon, AVX-512) to 194 s (AMD EPYC, Zen 3). On MNIST
+16,000 steps of dcgan take 570 s and reach fid 2.8; 10,000 of stylegan with --latent-dim 64 take 440
+s, and fid 3.1 to 4.2, by seed (README says more).
 
 Papers: Goodfellow et al. 2014 (arXiv:1406.2661), the duel; Radford, Metz, Chintala 2015
 (arXiv:1511.06434), DCGAN; Karras, Laine, Aila 2018 (arXiv:1812.04948), StyleGAN; Karras et al. 2019
