@@ -38,7 +38,7 @@ penalty.
 import math
 import sys
 import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
@@ -90,156 +90,13 @@ class Config:
             fail(f"--image-size {self.image_size} must be a multiple of 4")
 
 
-SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", "cezanne2photo",
-        "ukiyoe2photo", "vangogh2photo", "maps", "facades", "iphone2dslr_flower")
-
-
 # ==== 1. Two piles ================================================================================
-# B is the batch (a pile's name is B, too), N a number of pictures, H and W are their height and
-# width. In memory pictures are bytes.
-
-
-def draw_animals(count, seed, stripes, size=64):
-    """Horses, or the very same animals as zebras -> bytes (N, 3, size, size), and a mask (N, 1,
-    size, size), 0 to 1: where the animal is. Equal seeds give equal animals."""
-    parts = []
-    for first in range(0, max(1, count), 20):
-        g = seeded(seed, first)
-
-        def chance(low, high, *shape, g=g):  # uniform, (20, *shape, 1, 1)
-            return low + (high - low) * torch.rand(20, *shape, 1, 1, generator=g)
-
-        picture = draw_landscape(chance, size)
-        parts.append(draw_animal(chance, stripes, picture))
-    return tuple(torch.cat(part)[:count] for part in zip(*parts, strict=True))
-
-
-def across(size):
-    """Where the pixels are: x to the right and y up, (size, size) each, between -1 and 1."""
-    axis = (torch.arange(size) + 0.5) * 2 / size - 1
-    return torch.meshgrid(axis, -axis, indexing="xy")
-
-
-def draw_landscape(chance, size):
-    """Sky and ground, lighter and darker in places -> (N, 3, size, size)."""
-    x, y = across(size)
-    cloud = F.interpolate(chance(-0.5, 0.5, 1, (size // 8) ** 2).view(-1, 1, *[size // 8] * 2),
-                          (size, size), mode="bicubic", align_corners=False)
-    sky = torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
-    sky = sky + chance(0, 0.3, 3) * torch.tensor([1.0, 0.8, 0.7])[:, None, None]
-    ground = torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud
-    ground = ground + chance(0, 0.4, 3) * torch.tensor([1.0, 0.6, 0.6])[:, None, None]
-    horizon = chance(-0.3, 0.25, 1) + 0.06 * torch.sin(3 * x + chance(0, 6.3, 1))
-    return sky.lerp(ground, ((horizon - y) * size / 2 + 0.5).clamp(0, 1))
-
-
-def limb(u, v, start, end, thick, thin):
-    """A line with a thickness, in the body's own coordinates u and v, (N, 1, H, W) each -> the
-    distance from its surface, negative inside, and the place along it."""
-    (a, b), (c, d) = start, end
-    length = ((c - a) ** 2 + (d - b) ** 2) ** 0.5
-    along = ((u - a) * (c - a) + (v - b) * (d - b)) / length
-    t = (along / length).clamp(0, 1)
-    away = ((u - a - t * (c - a)) ** 2 + (v - b - t * (d - b)) ** 2) ** 0.5
-    return away - thick - (thin - thick) * t, along
-
-
-def draw_animal(chance, stripes, picture):
-    """An animal from the side, into each ``picture`` (N, 3, H, W) -> bytes, and the mask.
-
-    It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
-    body wherever it stands."""
-    size, (x, y) = picture.shape[3], across(picture.shape[3])
-    scale, facing, lean = chance(0.66, 0.82, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
-    x, y = (x - chance(-0.08, 0.08, 1)) * facing / scale, (y - chance(-0.12, 0.05, 1)) / scale
-    u, v = lean.cos() * x + lean.sin() * y + 0.1, lean.cos() * y - lean.sin() * x
-
-    # Coats: from chestnut over brown to grey; a zebra's light stripes are tinted by it.
-    coat = chance(0.3, 1.0, 1) * torch.tensor([0.75, 0.45, 0.25])[:, None, None]
-    coat = coat.lerp(coat.mean(1, keepdim=True), chance(0, 0.8, 1))              # (N, 3, 1, 1)
-    light, dark = 0.35 * coat + 0.62, torch.full_like(coat, 0.06)
-    hair, muzzle, sun = dark if stripes else 0.3 * coat, 0.35 * coat, 1 + 0.6 * v.clamp(-0.45, 0.3)
-
-    parts = []  # limb, colour (None: fur), shade, period of the stripes, slant; back to front
-    for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, two near ones
-        swing, shade = chance(-0.16, 0.16, 1), 0.7 if i < 2 else 0.95
-        knee, hoof = (hip + swing, -0.55), (hip + 1.3 * swing, -0.95)
-        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.4, 0),
-                  ((knee, hoof, 0.065, 0.05), None, shade, 0.4, 0)]
-    neck, tail = chance(0.45, 0.95, 1), (-0.86 - chance(-0.1, 0.25, 1), -0.38)
-    top = a, b = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
-    nose = c, d = a + chance(0.29, 0.34, 1), b - chance(0.11, 0.29, 1)
-    parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]    # between far and near legs
-    parts += [(((0.42, 0.3), (a - 0.08, b + 0.08), 0.06, 0.07), hair, 1, 0, 0),              # mane
-              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.5, 0),
-              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.5, 0),
-              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.5, 0.25),              # body
-              ((top, nose, 0.12, 0.075), None, sun, 0.4, 0),                                 # head
-              ((nose, (c + 0.01, d), 0.075, 0.075), muzzle, 1, 0, 0),
-              (((a + 0.1, b), (a + 0.11, b), 0.03, 0.03), dark, 1, 0, 0)]                    # eye
-    mask = torch.zeros_like(picture[:, :1])
-    for shape, colour, shade, every, slant in parts:
-        distance, along = limb(u, v, *shape)
-        cover = (0.5 - distance * scale * size / 2).clamp(0, 1)           # of each pixel, its share
-        if colour is None:
-            wave = torch.sin(2 * math.pi / every * (along + slant * v))
-            colour = dark.lerp(light, (0.5 + 2.2 * wave).clamp(0, 1)) if stripes else coat
-        picture, mask = picture.lerp(colour * shade, cover), mask.lerp(torch.ones(()), cover)
-    return (picture.clamp(0, 1) * 255).round().byte(), mask
-
-
-PILES = ("trainA", "trainB", "testA", "testB")
-
-# What is known of two piles: pictures to train on and to judge on, bytes (N, 3, H, W) each. For the
-# drawn animals also the truth: truth["B"] is test A drawn as zebras, truth["A"] test B as horses,
-# each with its mask.
+# load_piles (at the very end) has them in memory, to train on and to judge on: bytes (N, 3, H, W).
+# N is a number of pictures, H and W their height and width; B is the batch (and a pile's name).
+# The animals are drawn, so of them the truth is known as well: truth["B"] is test A drawn as
+# zebras, truth["A"] test B as horses, each with a mask that says where the animal is. No animal
+# stands in two piles, so training never sees this truth.
 Piles = namedtuple("Piles", "train_a train_b test_a test_b truth", defaults=(None,))
-
-
-def load_piles(config, training=True):
-    """The piles that ``config.data`` names -> Piles; without ``training`` only those of the test.
-    UserError if there are none."""
-    count, size = config.test_images, config.image_size
-    if config.data == "animals":  # no animal stands in two piles
-        train = [draw_animals(500 * training, pile, pile[-1] == "B", size)[0] for pile in PILES[:2]]
-        (a, mask_a), (b, mask_b) = draw_animals(count, "A", False, size), draw_animals(
-            count, "B", True, size)
-        truth = {"B": (draw_animals(count, "A", True, size)[0], mask_a),
-                 "A": (draw_animals(count, "B", False, size)[0], mask_b)}
-        return Piles(*train, a, b, truth)
-    folders = [Path(part) for part in config.data.split(",")]
-    if len(folders) > 2:
-        fail(f"--data {config.data}: two folders at most")
-    if len(folders) == 2:  # every tenth by name is held out, of fewer than ten the last
-        piles = [list(picture_files(folder).items()) for folder in folders]
-        files = [[f for i, f in enumerate(pile) if (i % 10 == min(9, len(pile) - 1)) == held_out]
-                 for held_out in (False, True) for pile in piles]
-    else:
-        path = folders[0]
-        if not path.exists():
-            path = download_set(config.data, config.data_dir)
-        found = picture_files(path).items()
-        files = [[(name, read) for name, read in found if kind in name.split("/")[:-1]]
-                 for kind in PILES]
-    for kind, pile in zip(PILES, files, strict=True):
-        if not pile:
-            fail(f"{config.data}: no pictures for {kind}: it takes a folder or .zip with trainA, "
-                 "trainB, testA and testB, or two folders with a comma between them")
-    # Training crops from pictures a little larger, as the authors do. As bytes in memory the 2,401
-    # training pictures of horse2zebra take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
-    larger = math.ceil(size * 286 / 256)
-    train = [read_pictures(pile, larger)[0] if training else None for pile in files[:2]]
-    return Piles(*train, *(read_pictures(pile[:count], size)[0] for pile in files[2:]))
-
-
-def download_set(name, data_dir):
-    """One of the sets that the paper's authors publish -> its .zip, downloaded once."""
-    if name not in SETS:
-        fail(f"--data {name}: no such folder or .zip, and none of {', '.join(SETS)}")
-    path = Path(data_dir, f"{name}.zip")
-    if not path.exists():
-        download([f"https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip"], path, "zip")
-    return path
 
 
 def batch_of(pile, rows, size):
@@ -552,48 +409,6 @@ def load(path, device="cpu"):
     return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
-def targets(files, folder):
-    """Where the translation of each picture goes: STEM.png, or NAME.EXT.png where stems are equal,
-    with a number where names are equal too."""
-    stems, paths, taken = Counter(Path(name).stem.lower() for name in files), {}, set()
-    for name in files:
-        path = Path(name)
-        choice = path.stem if stems[path.stem.lower()] == 1 else path.name
-        numbered = (f"{path.name}-{i}" for i in range(2, len(files) + 2))
-        while choice.lower() in taken:  # lower case: to some file systems a.png is A.png
-            choice = next(numbered)
-        taken.add(choice.lower())
-        paths[name] = folder / f"{choice}.png"
-    return paths
-
-
-def translate_all(config, model, files):
-    """--translate FOLDER: each picture in it, whatever its size and shape, into translated/, never
-    over one of the pictures themselves. What cannot be read is left out, with a word about it."""
-    troubles = []
-    paths = targets(files, Path(config.out, "translated"))
-    inputs = {Path(config.translate, name).resolve() for name in files}
-    for path in paths.values():
-        if path.resolve() in inputs:
-            fail(f"{path} is one of the pictures to translate: choose another --out")
-    for name, read in files.items():
-        try:
-            picture = read_picture(name, read)
-            if min(picture.shape[1:]) < 16:
-                fail(f"{name} is smaller than 16 pixels")
-        except UserError as error:
-            troubles.append(str(error))
-            continue
-        image = translate(model, picture[None] / 255, config.to)[0]
-        image = (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        write_file(paths[name], png(image))
-    if troubles and len(troubles) == len(files):
-        fail(troubles[0])
-    if troubles:
-        print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
-              file=sys.stderr)
-
-
 # ==== 6. Judging, on pictures that were not trained on ============================================
 
 
@@ -618,44 +433,15 @@ def judge(model, piles):
     return {f"test_{name}": value for name, value in figures.items()}
 
 
-# ==== 7. Looking ==================================================================================
-
-
-def draw_translations(run, model, test):
-    """translations.png: a row each, A, as B, back as A; and, to the right, B, as A, back as B."""
-    rows = []
-    for x, to, fro in ((test[0], "B", "A"), (test[1], "A", "B")):
-        x = x[:run.config.samples]
-        made = translate(model, x, to).cpu()
-        rows += [x, made, translate(model, made, fro).cpu()]
-    n = min(map(len, rows))
-    sheet = torch.stack([part[:n] for part in rows], 1).flatten(0, 1)
-    run.write("translations.png", png(grid(sheet, 6)))
-
-
-def both_ways(model, test):
-    """Two test pictures of each pile and what becomes of them: A, as B, B, as A -> (8, 3, H, W)."""
-    a, b = (x[torch.arange(2) % len(x)] for x in test)
-    pictures = a, translate(model, a, "B").cpu(), b, translate(model, b, "A").cpu()
-    return torch.stack(pictures, 1).flatten(0, 1)
-
-
-def draw_training(run, model, test):
-    """training.png: the same test pictures from first step to last, in 32 shades of each colour,
-    which halves the file."""
-    frames = [frame / 255 for frame in run.frames] + [both_ways(model, test)]
-    sheets = [grid((frame * 31).round() / 31, 4, 1) for frame in frames]
-    run.write("training.png", png(sheets[-1], sheets, milliseconds=400))
-
-
 def main(argv=None):
     """The command line, ``argv`` or the process's own -> exit status (see launch)."""
     return launch(argv, train)
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# What they ask of this file: its name in checkpoints and folders, the settings that may not change
-# once training has begun, and those on whose change a trained model is judged again.
+# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
+# folders, the settings that may not change once training has begun, and those on whose change a
+# trained model is judged again.
 NAME = "cyclegan"
 FIXED = ("width", "blocks", "image_size", "cycle_weight", "identity_weight", "r1", "buffer",
          "data", "batch_size", "seed")
@@ -1129,6 +915,217 @@ def read_pictures(files, size):
               file=sys.stderr)
     return torch.stack(pictures), kept
 # ---- end block ----
+
+
+# ==== The piles, and pictures that train writes ===================================================
+
+
+PILES = ("trainA", "trainB", "testA", "testB")
+SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", "cezanne2photo",
+        "ukiyoe2photo", "vangogh2photo", "maps", "facades", "iphone2dslr_flower")
+
+
+def load_piles(config, training=True):
+    """The piles that ``config.data`` names -> Piles; without ``training`` only those of the test.
+    UserError if there are none."""
+    count, size = config.test_images, config.image_size
+    if config.data == "animals":
+        train = [draw_animals(500 * training, pile, pile[-1] == "B", size)[0] for pile in PILES[:2]]
+        (a, mask_a), (b, mask_b) = draw_animals(count, "A", False, size), draw_animals(
+            count, "B", True, size)
+        truth = {"B": (draw_animals(count, "A", True, size)[0], mask_a),
+                 "A": (draw_animals(count, "B", False, size)[0], mask_b)}
+        return Piles(*train, a, b, truth)
+    folders = [Path(part) for part in config.data.split(",")]
+    if len(folders) > 2:
+        fail(f"--data {config.data}: two folders at most")
+    if len(folders) == 2:  # every tenth by name is held out, of fewer than ten the last
+        piles = [list(picture_files(folder).items()) for folder in folders]
+        files = [[f for i, f in enumerate(pile) if (i % 10 == min(9, len(pile) - 1)) == held_out]
+                 for held_out in (False, True) for pile in piles]
+    else:
+        path = folders[0]
+        if not path.exists():
+            path = download_set(config.data, config.data_dir)
+        found = picture_files(path).items()
+        files = [[(name, read) for name, read in found if kind in name.split("/")[:-1]]
+                 for kind in PILES]
+    for kind, pile in zip(PILES, files, strict=True):
+        if not pile:
+            fail(f"{config.data}: no pictures for {kind}: it takes a folder or .zip with trainA, "
+                 "trainB, testA and testB, or two folders with a comma between them")
+    # Training crops from pictures a little larger, as the authors do. As bytes in memory the 2,401
+    # training pictures of horse2zebra take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
+    larger = math.ceil(size * 286 / 256)
+    train = [read_pictures(pile, larger)[0] if training else None for pile in files[:2]]
+    return Piles(*train, *(read_pictures(pile[:count], size)[0] for pile in files[2:]))
+
+
+def download_set(name, data_dir):
+    """One of the sets that the paper's authors publish -> its .zip, downloaded once."""
+    if name not in SETS:
+        fail(f"--data {name}: no such folder or .zip, and none of {', '.join(SETS)}")
+    path = Path(data_dir, f"{name}.zip")
+    if not path.exists():
+        download([f"https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip"], path, "zip")
+    return path
+
+
+def targets(files, folder):
+    """Where the translation of each picture goes: STEM.png, or where that is taken STEM-2.png."""
+    paths, taken = {}, set()
+    for name in files:
+        stem, number = Path(name).stem, 1
+        choice = stem
+        while choice.lower() in taken:  # lower case: to some file systems a.png is A.png
+            number += 1
+            choice = f"{stem}-{number}"
+        taken.add(choice.lower())
+        paths[name] = folder / f"{choice}.png"
+    return paths
+
+
+def translate_all(config, model, files):
+    """--translate FOLDER: each picture in it, whatever its size and shape, into translated/, never
+    over one of the pictures themselves. What cannot be read is left out, with a word about it."""
+    troubles = []
+    paths = targets(files, Path(config.out, "translated"))
+    inputs = {Path(config.translate, name).resolve() for name in files}
+    for path in paths.values():
+        if path.resolve() in inputs:
+            fail(f"{path} is one of the pictures to translate: choose another --out")
+    for name, read in files.items():
+        try:
+            picture = read_picture(name, read)
+            if min(picture.shape[1:]) < 16:
+                fail(f"{name} is smaller than 16 pixels")
+        except UserError as error:
+            troubles.append(str(error))
+            continue
+        image = translate(model, picture[None] / 255, config.to)[0]
+        image = (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        write_file(paths[name], png(image))
+    if troubles and len(troubles) == len(files):
+        fail(troubles[0])
+    if troubles:
+        print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
+              file=sys.stderr)
+
+
+def draw_animals(count, seed, stripes, size=64):
+    """Horses, or the very same animals as zebras -> bytes (N, 3, size, size), and a mask (N, 1,
+    size, size), 0 to 1: where the animal is. Equal seeds give equal animals."""
+    parts = []
+    for first in range(0, max(1, count), 20):
+        g = seeded(seed, first)
+
+        def chance(low, high, *shape, g=g):  # uniform, (20, *shape, 1, 1)
+            return low + (high - low) * torch.rand(20, *shape, 1, 1, generator=g)
+
+        picture = draw_landscape(chance, size)
+        parts.append(draw_animal(chance, stripes, picture))
+    return tuple(torch.cat(part)[:count] for part in zip(*parts, strict=True))
+
+
+def across(size):
+    """Where the pixels are: x to the right and y up, (size, size) each, between -1 and 1."""
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    return torch.meshgrid(axis, -axis, indexing="xy")
+
+
+def draw_landscape(chance, size):
+    """Sky and ground, lighter and darker in places -> (N, 3, size, size)."""
+    x, y = across(size)
+    cloud = F.interpolate(chance(-0.5, 0.5, 1, (size // 8) ** 2).view(-1, 1, *[size // 8] * 2),
+                          (size, size), mode="bicubic", align_corners=False)
+    sky = torch.tensor([0.45, 0.6, 0.8])[:, None, None] - 0.1 * y + 0.12 * cloud
+    sky = sky + chance(0, 0.3, 3) * torch.tensor([1.0, 0.8, 0.7])[:, None, None]
+    ground = torch.tensor([0.3, 0.45, 0.15])[:, None, None] + 0.15 * cloud
+    ground = ground + chance(0, 0.4, 3) * torch.tensor([1.0, 0.6, 0.6])[:, None, None]
+    horizon = chance(-0.3, 0.25, 1) + 0.06 * torch.sin(3 * x + chance(0, 6.3, 1))
+    return sky.lerp(ground, ((horizon - y) * size / 2 + 0.5).clamp(0, 1))
+
+
+def limb(u, v, start, end, thick, thin):
+    """A line with a thickness, in the body's own coordinates u and v, (N, 1, H, W) each -> the
+    distance from its surface, negative inside, and the place along it."""
+    (a, b), (c, d) = start, end
+    length = ((c - a) ** 2 + (d - b) ** 2) ** 0.5
+    along = ((u - a) * (c - a) + (v - b) * (d - b)) / length
+    t = (along / length).clamp(0, 1)
+    away = ((u - a - t * (c - a)) ** 2 + (v - b - t * (d - b)) ** 2) ** 0.5
+    return away - thick - (thin - thick) * t, along
+
+
+def draw_animal(chance, stripes, picture):
+    """An animal from the side, into each ``picture`` (N, 3, H, W) -> bytes, and the mask.
+
+    It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
+    body wherever it stands."""
+    size, (x, y) = picture.shape[3], across(picture.shape[3])
+    scale, facing, lean = chance(0.66, 0.82, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
+    x, y = (x - chance(-0.08, 0.08, 1)) * facing / scale, (y - chance(-0.12, 0.05, 1)) / scale
+    u, v = lean.cos() * x + lean.sin() * y + 0.1, lean.cos() * y - lean.sin() * x
+
+    # Coats: from chestnut over brown to grey; a zebra's light stripes are tinted by it.
+    coat = chance(0.3, 1.0, 1) * torch.tensor([0.75, 0.45, 0.25])[:, None, None]
+    coat = coat.lerp(coat.mean(1, keepdim=True), chance(0, 0.8, 1))              # (N, 3, 1, 1)
+    light, dark = 0.35 * coat + 0.62, torch.full_like(coat, 0.06)
+    hair, muzzle, sun = dark if stripes else 0.3 * coat, 0.35 * coat, 1 + 0.6 * v.clamp(-0.45, 0.3)
+
+    parts = []  # limb, colour (None: fur), shade, period of the stripes, slant; back to front
+    for i, hip in enumerate((-0.55, 0.38, -0.45, 0.5)):  # two far legs, two near ones
+        swing, shade = chance(-0.16, 0.16, 1), 0.7 if i < 2 else 0.95
+        knee, hoof = (hip + swing, -0.55), (hip + 1.3 * swing, -0.95)
+        parts += [(((hip, -0.12), knee, 0.12, 0.07), None, shade, 0.4, 0),
+                  ((knee, hoof, 0.065, 0.05), None, shade, 0.4, 0)]
+    neck, tail = chance(0.45, 0.95, 1), (-0.86 - chance(-0.1, 0.25, 1), -0.38)
+    top = a, b = 0.55 + 0.45 * neck.cos(), 0.12 + 0.55 * neck.sin()
+    nose = c, d = a + chance(0.29, 0.34, 1), b - chance(0.11, 0.29, 1)
+    parts[4:4] = [(((-0.74, 0.1), tail, 0.05, 0.07), hair, 1, 0, 0)]    # between far and near legs
+    parts += [(((0.42, 0.3), (a - 0.08, b + 0.08), 0.06, 0.07), hair, 1, 0, 0),              # mane
+              (((a - 0.02, b + 0.08), (a - 0.06, b + 0.24), 0.05, 0.015), None, sun, 0.5, 0),
+              (((0.5, 0.08), top, 0.2, 0.11), None, sun, 0.5, 0),
+              (((-0.5, 0.0), (0.45, 0.02), 0.27, 0.26), None, sun, 0.5, 0.25),              # body
+              ((top, nose, 0.12, 0.075), None, sun, 0.4, 0),                                 # head
+              ((nose, (c + 0.01, d), 0.075, 0.075), muzzle, 1, 0, 0),
+              (((a + 0.1, b), (a + 0.11, b), 0.03, 0.03), dark, 1, 0, 0)]                    # eye
+    mask = torch.zeros_like(picture[:, :1])
+    for shape, colour, shade, every, slant in parts:
+        distance, along = limb(u, v, *shape)
+        cover = (0.5 - distance * scale * size / 2).clamp(0, 1)           # of each pixel, its share
+        if colour is None:
+            wave = torch.sin(2 * math.pi / every * (along + slant * v))
+            colour = dark.lerp(light, (0.5 + 2.2 * wave).clamp(0, 1)) if stripes else coat
+        picture, mask = picture.lerp(colour * shade, cover), mask.lerp(torch.ones(()), cover)
+    return (picture.clamp(0, 1) * 255).round().byte(), mask
+
+
+def draw_translations(run, model, test):
+    """translations.png: a row each, A, as B, back as A; and, to the right, B, as A, back as B."""
+    rows = []
+    for x, to, fro in ((test[0], "B", "A"), (test[1], "A", "B")):
+        x = x[:run.config.samples]
+        made = translate(model, x, to).cpu()
+        rows += [x, made, translate(model, made, fro).cpu()]
+    n = min(map(len, rows))
+    sheet = torch.stack([part[:n] for part in rows], 1).flatten(0, 1)
+    run.write("translations.png", png(grid(sheet, 6)))
+
+
+def both_ways(model, test):
+    """Two test pictures of each pile and what becomes of them: A, as B, B, as A -> (8, 3, H, W)."""
+    a, b = (x[torch.arange(2) % len(x)] for x in test)
+    pictures = a, translate(model, a, "B").cpu(), b, translate(model, b, "A").cpu()
+    return torch.stack(pictures, 1).flatten(0, 1)
+
+
+def draw_training(run, model, test):
+    """training.png: the same test pictures from first step to last, in 32 shades of each colour,
+    which halves the file."""
+    frames = [frame / 255 for frame in run.frames] + [both_ways(model, test)]
+    sheets = [grid((frame * 31).round() / 31, 4, 1) for frame in frames]
+    run.write("training.png", png(sheets[-1], sheets, milliseconds=400))
 
 
 if __name__ == "__main__":

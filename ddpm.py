@@ -102,11 +102,6 @@ class Config:
 # colour 3, 32, 32; shapes beside the code are those of 28x28.
 
 
-def caption(name):
-    """"ankle boot" -> "an ankle boot": mostly by sound, so "a one" and "a unicorn"."""
-    return ("an " if re.match(r"(?!one|uni|eu|use)[aeiou]", name) else "a ") + name
-
-
 def captions(name):
     """What may be said of a picture. Of a drawn digit all of it, or (half of the time) less."""
     parts = re.fullmatch(r"(thin|bold) (upright|slanted) (\w+)", name)
@@ -115,18 +110,6 @@ def captions(name):
     weight, slant, digit = parts.groups()
     shorter = [f"{weight} {digit}", f"{slant} {digit}", digit]
     return [caption(name)] * 3 + [caption(n) for n in shorter]
-
-
-def unseen_names(config):
-    return [name for name in re.split(r"\s*,\s*", config.unseen.strip()) if name]
-
-
-def without(data, unseen):
-    """Images less the kinds that are named in ``unseen``."""
-    gone = torch.tensor([i for i, name in enumerate(data.names) if name in unseen]).long()
-    train, test = ~torch.isin(data.train_labels, gone), ~torch.isin(data.test_labels, gone)
-    return Images(data.train[train], data.train_labels[train], data.test[test],
-                  data.test_labels[test], data.names)
 
 
 def scaled(pictures):
@@ -576,63 +559,6 @@ def judge(model, test):
     return {"test_bits_per_dim": bits_per_dim(model, images, every=50, seed="test").mean().item()}
 
 
-# ==== 7. Looking ==================================================================================
-
-
-def choose_prompts(run, model, count):
-    """--prompt in turn; if none is given, kinds that it was never shown, then some that it was."""
-    prompts = list(run.config.prompt)
-    if not prompts:
-        seen, unseen = model.prompt.names, unseen_names(run.config)
-        prompts = [n for n in unseen if set(n.split()) <= set(model.prompt.words) and n not in seen]
-        room = max(1, count - len(prompts))
-        prompts = list(map(caption, prompts + seen[::math.ceil(len(seen) / room)]))
-    return [prompts[i % len(prompts)] for i in range(count)]
-
-
-def draw_samples(run, model):
-    """samples.png: ten prompts side by side; from row to row the guidance rises to --guidance."""
-    config, columns = run.config, min(10, run.config.samples)
-    rows = math.ceil(config.samples / columns)
-    prompts = choose_prompts(run, model, columns) * rows
-    guidance = torch.linspace(0, 1, rows)[:, None] if rows > 1 else torch.ones(1, 1)
-    guidance = (config.guidance * guidance).expand(-1, columns).flatten()[:config.samples]
-    images = sample(model, prompts[:config.samples], config.sampling_steps, guidance, config.eta,
-                    config.seed)
-    run.write("samples.png", png(grid(images, columns)))
-
-
-def draw_denoising(run, model, columns=6, frames=20):
-    """denoising.png: twelve pictures emerge from static; the still image is what they become."""
-    config, prompts = run.config, choose_prompts(run, model, 2 * columns)
-    film = list(denoise(model, prompts, config.sampling_steps, config.guidance, config.eta,
-                        config.seed))
-    film = [film[round(i * (len(film) - 1) / (frames - 1))] for i in range(frames)]
-    sheets = [grid(x / 2 + 0.5, columns) for x in film]
-    run.write("denoising.png", png(sheets[-1], sheets + 4 * sheets[-1:]))  # it rests on the last
-
-
-def draw_forward(run, model, data, rows=4, columns=10):
-    """forward.png: test pictures, from left to right further and further on their way to static."""
-    x0 = scaled(data.test[torch.arange(rows) % len(data.test)]).repeat_interleave(columns, 0)
-    t = torch.linspace(0, run.config.diffusion_steps, columns).long().repeat(rows)
-    eps = torch.randn(x0.shape, generator=seeded(run.config.seed, "forward"))
-    run.write("forward.png", png(grid(diffuse(model.alpha_bar, x0, t, eps) / 2 + 0.5, columns)))
-
-
-def draw_neighbours(run, model, data, columns=10):
-    """neighbours.png: twenty samples, below each the training picture that is nearest to it, by
-    squared differences of pixels. Is it remembering or making?"""
-    prompts = choose_prompts(run, model, 2 * columns)
-    images = sample(model, prompts, run.config.sampling_steps, run.config.guidance, run.config.eta,
-                    run.config.seed).cpu()
-    distance = torch.cat([torch.cdist(images.flatten(1), some.flatten(1) / 255)
-                          for some in data.train.split(5000)], dim=1)           # (20, N)
-    nearest = data.train[distance.argmin(1)] / 255
-    pairs = torch.stack([images.unflatten(0, (2, columns)), nearest.unflatten(0, (2, columns))], 1)
-    run.write("neighbours.png", png(grid(pairs.flatten(0, 2), columns)))
-
-
 def main(argv=None):
     """The command line, ``argv`` or the process's own -> exit status (see launch)."""
     with ranks():
@@ -640,32 +566,13 @@ def main(argv=None):
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# What they ask of this file: its name in checkpoints and folders, the settings that may not change
-# once training has begun, and those on whose change a trained model is judged again.
+# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
+# folders, the settings that may not change once training has begun, and those on whose change a
+# trained model is judged again.
 NAME = "ddpm"
 FIXED = ("diffusion_steps", "width", "blocks", "image_size", "channels", "vocab_size",
          "drop_caption", "unseen", "data", "batch_size", "seed")
 JUDGING = ("test_images",)
-
-
-# Data and words, for this script alone.
-def prepare(run, *models):
-    """-> Images, and what may be said of each kind as tokens (kinds, captions, words)."""
-    config, unseen = run.config, unseen_names(run.config)
-    with leader_first():
-        data = load_images(config.data, config.data_dir, config.image_size, config.channels)
-    if config.unseen != Config.unseen and not set(unseen) <= set(data.names):
-        fail(f"--unseen {config.unseen}: the kinds are {', '.join(data.names)}")
-    data = without(data, unseen)
-    if not len(data.train) or not len(data.test):
-        fail(f"--unseen {config.unseen}: no pictures are left")
-    run.same_data(data.train, data.test)
-    for model in models:
-        model.prompt.learn([name for name in data.names if name not in unseen])
-    models[0].prompt.tokens(config.prompt)  # an unknown word is better known before the work
-    # Six captions for each, some of them equal; of drawn digits half are the full one.
-    texts = [t for n in data.names for t in (captions(n) * 6 if n not in unseen else [""] * 6)[:6]]
-    return data, models[0].prompt.tokens(texts).unflatten(0, (-1, 6))
 
 
 # ---- block: runs (the same in every file) ----
@@ -1423,6 +1330,99 @@ def leader_first():
     if leading():
         highest(0)
 # ---- end block ----
+
+
+# ==== Words, and pictures that train writes =======================================================
+
+
+def caption(name):
+    """"ankle boot" -> "an ankle boot": mostly by sound, so "a one" and "a unicorn"."""
+    return ("an " if re.match(r"(?!one|uni|eu|use)[aeiou]", name) else "a ") + name
+
+
+def unseen_names(config):
+    return [name for name in re.split(r"\s*,\s*", config.unseen.strip()) if name]
+
+
+def without(data, unseen):
+    """Images less the kinds that are named in ``unseen``."""
+    gone = torch.tensor([i for i, name in enumerate(data.names) if name in unseen]).long()
+    train, test = ~torch.isin(data.train_labels, gone), ~torch.isin(data.test_labels, gone)
+    return Images(data.train[train], data.train_labels[train], data.test[test],
+                  data.test_labels[test], data.names)
+
+
+def prepare(run, *models):
+    """-> Images, and what may be said of each kind as tokens (kinds, captions, words)."""
+    config, unseen = run.config, unseen_names(run.config)
+    with leader_first():
+        data = load_images(config.data, config.data_dir, config.image_size, config.channels)
+    if config.unseen != Config.unseen and not set(unseen) <= set(data.names):
+        fail(f"--unseen {config.unseen}: the kinds are {', '.join(data.names)}")
+    data = without(data, unseen)
+    if not len(data.train) or not len(data.test):
+        fail(f"--unseen {config.unseen}: no pictures are left")
+    run.same_data(data.train, data.test)
+    for model in models:
+        model.prompt.learn([name for name in data.names if name not in unseen])
+    models[0].prompt.tokens(config.prompt)  # an unknown word is better known before the work
+    # Six captions for each, some of them equal; of drawn digits half are the full one.
+    texts = [t for n in data.names for t in (captions(n) * 6 if n not in unseen else [""] * 6)[:6]]
+    return data, models[0].prompt.tokens(texts).unflatten(0, (-1, 6))
+
+
+def choose_prompts(run, model, count):
+    """--prompt in turn; if none is given, kinds that it was never shown, then some that it was."""
+    prompts = list(run.config.prompt)
+    if not prompts:
+        seen, unseen = model.prompt.names, unseen_names(run.config)
+        prompts = [n for n in unseen if set(n.split()) <= set(model.prompt.words) and n not in seen]
+        room = max(1, count - len(prompts))
+        prompts = list(map(caption, prompts + seen[::math.ceil(len(seen) / room)]))
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def draw_samples(run, model):
+    """samples.png: ten prompts side by side; from row to row the guidance rises to --guidance."""
+    config, columns = run.config, min(10, run.config.samples)
+    rows = math.ceil(config.samples / columns)
+    prompts = choose_prompts(run, model, columns) * rows
+    guidance = torch.linspace(0, 1, rows)[:, None] if rows > 1 else torch.ones(1, 1)
+    guidance = (config.guidance * guidance).expand(-1, columns).flatten()[:config.samples]
+    images = sample(model, prompts[:config.samples], config.sampling_steps, guidance, config.eta,
+                    config.seed)
+    run.write("samples.png", png(grid(images, columns)))
+
+
+def draw_denoising(run, model, columns=6, frames=20):
+    """denoising.png: twelve pictures emerge from static; the still image is what they become."""
+    config, prompts = run.config, choose_prompts(run, model, 2 * columns)
+    film = list(denoise(model, prompts, config.sampling_steps, config.guidance, config.eta,
+                        config.seed))
+    film = [film[round(i * (len(film) - 1) / (frames - 1))] for i in range(frames)]
+    sheets = [grid(x / 2 + 0.5, columns) for x in film]
+    run.write("denoising.png", png(sheets[-1], sheets + 4 * sheets[-1:]))  # it rests on the last
+
+
+def draw_forward(run, model, data, rows=4, columns=10):
+    """forward.png: test pictures, from left to right further and further on their way to static."""
+    x0 = scaled(data.test[torch.arange(rows) % len(data.test)]).repeat_interleave(columns, 0)
+    t = torch.linspace(0, run.config.diffusion_steps, columns).long().repeat(rows)
+    eps = torch.randn(x0.shape, generator=seeded(run.config.seed, "forward"))
+    run.write("forward.png", png(grid(diffuse(model.alpha_bar, x0, t, eps) / 2 + 0.5, columns)))
+
+
+def draw_neighbours(run, model, data, columns=10):
+    """neighbours.png: twenty samples, below each the training picture that is nearest to it, by
+    squared differences of pixels. Is it remembering or making?"""
+    prompts = choose_prompts(run, model, 2 * columns)
+    images = sample(model, prompts, run.config.sampling_steps, run.config.guidance, run.config.eta,
+                    run.config.seed).cpu()
+    distance = torch.cat([torch.cdist(images.flatten(1), some.flatten(1) / 255)
+                          for some in data.train.split(5000)], dim=1)           # (20, N)
+    nearest = data.train[distance.argmin(1)] / 255
+    pairs = torch.stack([images.unflatten(0, (2, columns)), nearest.unflatten(0, (2, columns))], 1)
+    run.write("neighbours.png", png(grid(pairs.flatten(0, 2), columns)))
 
 
 if __name__ == "__main__":

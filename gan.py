@@ -498,8 +498,9 @@ def duel_score(model, D, test):
                "right_on_fake": (fake < 0).float().mean().item(),
                "variety": variety(pictures, scaled(test.to(device)))}
     if figures["variety"] < 0.5:
-        print(f"\n{NAME}.py: mode collapse: samples repeat each other (variety "
-              f"{figures['variety']:.2f}, real pictures 1): try a larger --r1", file=sys.stderr)
+        print(f"\n{NAME}.py: samples repeat each other (variety {figures['variety']:.2f}, real "
+              "pictures 1): mode collapse, unless it has hardly begun to learn; try a larger --r1",
+              file=sys.stderr)
     return figures
 
 
@@ -551,85 +552,15 @@ def judge(model, D, test):
     return {f"test_{name}": value for name, value in figures.items()}
 
 
-# ==== 9. Looking ==================================================================================
-
-
-def draw_samples(run, model):
-    config = run.config
-    images = sample(model, config.samples, config.truncation, config.seed)
-    run.write("samples.png", png(grid(images, 10)))
-
-
-def draw_training(run, model):
-    """training.png: the same z from first step to last; the still image is what they became."""
-    frames = [frame / 255 for frame in run.frames] + [sample(model, 24, seed="film")]
-    sheets = [grid(frame, 8) for frame in frames]
-    run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
-
-
-def draw_strips(run, model, columns=10, rows=4):
-    """interpolation.png: from z to z, along an arc of about their length; for stylegan, too,
-    mixing.png (coarse styles of the left column, fine ones of the top row) and truncation.png."""
-    config, device = run.config, model_device(model)
-    z, *noise = model.draw(2 * rows, seeded(config.seed, "strips"))
-    noise = [[x[:1].to(device) for x in part] for part in noise]
-    way = torch.linspace(0, math.pi / 2, columns, device=device)[:, None]
-    with evaluating(model):
-        arc = torch.cat([way.cos() * a + way.sin() * b for a, b in z.to(device).split(2)])
-        more = [[x.expand(len(arc), -1, -1, -1) for x in part] for part in noise]
-        run.write("interpolation.png", png(grid(model(arc, *more) / 2 + 0.5, columns)))
-        if config.generator == "dcgan":
-            return
-        w = model.styles(z.to(device))                                         # (layers, 2 rows, L)
-        half, empty = len(w) // 2, -torch.ones(1, *model.shape, device=device)
-        noise = noise[0]
-
-        def render(styles):
-            return model.render(styles, [x.expand(styles.shape[1], -1, -1, -1) for x in noise])
-
-        coarse, fine = w[:half, :rows], w[half:, rows:]
-        sheet = [empty, render(w[:, rows:])]
-        for i in range(rows):
-            mixed = torch.cat([coarse[:, i:i + 1].expand(-1, rows, -1), fine])
-            sheet += [render(w[:, i:i + 1]), render(mixed)]
-        run.write("mixing.png", png(grid(torch.cat(sheet) / 2 + 0.5, rows + 1)))
-        psi, mean = torch.linspace(0, 1, columns, device=device)[:, None], model.mean_style()
-        rows_of = [render(mean.lerp(w[:, i:i + 1], psi)) for i in range(rows)]
-        run.write("truncation.png", png(grid(torch.cat(rows_of) / 2 + 0.5, columns)))
-
-
-def draw_neighbours(run, model, train, columns=10):
-    """neighbours.png: twenty samples, below each the training picture that is nearest to it, by
-    squared differences of pixels. Is it remembering or making?"""
-    images = sample(model, 2 * columns, run.config.truncation, run.config.seed).cpu()
-    distance = torch.cat([torch.cdist(images.flatten(1), some.flatten(1) / 255)
-                          for some in train.split(5000)], dim=1)               # (20, N)
-    pairs = torch.stack([x.unflatten(0, (2, columns))
-                         for x in (images, train[distance.argmin(1)] / 255)], 1)
-    run.write("neighbours.png", png(grid(pairs.flatten(0, 2), columns)))
-
-
-def export(run, model):
-    """--export N: export/000000.png and so on, for the FID tools that people use."""
-    config, folder = run.config, Path(run.config.out, "export")
-    for first in range(0, config.export, 1000):  # not all at once in memory
-        n, seed = min(1000, config.export - first), (config.seed, first)
-        for i, image in enumerate(sample(model, n, config.truncation, seed).cpu()):
-            picture = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-            write_file(folder / f"{first + i:06}.png", png(picture))
-    for path in folder.glob("??????.png") if config.export else ():  # of a larger export before
-        if path.stem.isdigit() and int(path.stem) >= config.export:
-            path.unlink()
-
-
 def main(argv=None):
     """The command line, ``argv`` or the process's own -> exit status (see launch)."""
     return launch(argv, train)
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# What they ask of this file: its name in checkpoints and folders, the settings that may not change
-# once training has begun, and those on whose change a trained model is judged again.
+# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
+# folders, the settings that may not change once training has begun, and those on whose change a
+# trained model is judged again.
 NAME = "gan"
 FIXED = ("generator", "latent_dim", "width", "image_size", "channels", "r1", "r1_every", "mixing",
          "data", "batch_size", "seed")
@@ -1331,6 +1262,77 @@ def load_images(name, data_dir, size=28, channels=1):
     return data._replace(train=fitted(data.train, size, channels),
                          test=fitted(data.test, size, channels))
 # ---- end block ----
+
+
+# ==== Pictures that train writes ==================================================================
+
+
+def draw_samples(run, model):
+    config = run.config
+    images = sample(model, config.samples, config.truncation, config.seed)
+    run.write("samples.png", png(grid(images, 10)))
+
+
+def draw_training(run, model):
+    """training.png: the same z from first step to last; the still image is what they became."""
+    frames = [frame / 255 for frame in run.frames] + [sample(model, 24, seed="film")]
+    sheets = [grid(frame, 8) for frame in frames]
+    run.write("training.png", png(sheets[-1], sheets + 3 * sheets[-1:], milliseconds=200))
+
+
+def draw_strips(run, model, columns=10, rows=4):
+    """interpolation.png: from z to z, along an arc of about their length; for stylegan, too,
+    mixing.png (coarse styles of the left column, fine ones of the top row) and truncation.png."""
+    config, device = run.config, model_device(model)
+    z, *noise = model.draw(2 * rows, seeded(config.seed, "strips"))
+    noise = [[x[:1].to(device) for x in part] for part in noise]
+    way = torch.linspace(0, math.pi / 2, columns, device=device)[:, None]
+    with evaluating(model):
+        arc = torch.cat([way.cos() * a + way.sin() * b for a, b in z.to(device).split(2)])
+        more = [[x.expand(len(arc), -1, -1, -1) for x in part] for part in noise]
+        run.write("interpolation.png", png(grid(model(arc, *more) / 2 + 0.5, columns)))
+        if config.generator == "dcgan":
+            return
+        w = model.styles(z.to(device))                                         # (layers, 2 rows, L)
+        half, empty = len(w) // 2, -torch.ones(1, *model.shape, device=device)
+        noise = noise[0]
+
+        def render(styles):
+            return model.render(styles, [x.expand(styles.shape[1], -1, -1, -1) for x in noise])
+
+        coarse, fine = w[:half, :rows], w[half:, rows:]
+        sheet = [empty, render(w[:, rows:])]
+        for i in range(rows):
+            mixed = torch.cat([coarse[:, i:i + 1].expand(-1, rows, -1), fine])
+            sheet += [render(w[:, i:i + 1]), render(mixed)]
+        run.write("mixing.png", png(grid(torch.cat(sheet) / 2 + 0.5, rows + 1)))
+        psi, mean = torch.linspace(0, 1, columns, device=device)[:, None], model.mean_style()
+        rows_of = [render(mean.lerp(w[:, i:i + 1], psi)) for i in range(rows)]
+        run.write("truncation.png", png(grid(torch.cat(rows_of) / 2 + 0.5, columns)))
+
+
+def draw_neighbours(run, model, train, columns=10):
+    """neighbours.png: twenty samples, below each the training picture that is nearest to it, by
+    squared differences of pixels. Is it remembering or making?"""
+    images = sample(model, 2 * columns, run.config.truncation, run.config.seed).cpu()
+    distance = torch.cat([torch.cdist(images.flatten(1), some.flatten(1) / 255)
+                          for some in train.split(5000)], dim=1)               # (20, N)
+    pairs = torch.stack([x.unflatten(0, (2, columns))
+                         for x in (images, train[distance.argmin(1)] / 255)], 1)
+    run.write("neighbours.png", png(grid(pairs.flatten(0, 2), columns)))
+
+
+def export(run, model):
+    """--export N: export/000000.png and so on, for the FID tools that people use."""
+    config, folder = run.config, Path(run.config.out, "export")
+    for first in range(0, config.export, 1000):  # not all at once in memory
+        n, seed = min(1000, config.export - first), (config.seed, first)
+        for i, image in enumerate(sample(model, n, config.truncation, seed).cpu()):
+            picture = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+            write_file(folder / f"{first + i:06}.png", png(picture))
+    for path in folder.glob("??????.png") if config.export else ():  # of a larger export before
+        if path.stem.isdigit() and int(path.stem) >= config.export:
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -559,103 +559,12 @@ def main(argv=None):
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# What they ask of this file: its name in checkpoints and folders, the settings that may not change
-# once training has begun, and those on whose change a trained model is judged again.
+# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
+# folders, the settings that may not change once training has begun, and those on whose change a
+# trained model is judged again.
 NAME = "gpt"
 FIXED = ("vocab_size", "block_size", "layers", "heads", "width", "data", "batch_size", "seed")
 JUDGING = ()
-
-
-# Files and the terminal, for this script alone.
-KINDS = ".txt .md .rst .tex .html .csv .json .toml .py .c .h .cpp .rs .go .java .js .ts".split()
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
-
-def load_text(name, data_dir):
-    """-> two str, to train on and held out: the last 10 %; of the manual, some topics."""
-    path = Path(data_dir, "shakespeare.txt") if name == "shakespeare" else Path(name)
-    if name == "manual":
-        return load_manual()
-    if name == "shakespeare" and not path.exists():
-        download([SHAKESPEARE[0]], path, SHAKESPEARE[1])
-    if not path.exists():
-        fail(f"no data {name}: give manual, shakespeare, a text file, or a folder of them")
-    paths = [path]
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()
-                       and not any(part.startswith(".") for part in p.relative_to(path).parts)
-                       and not (p.parent / "checkpoint.pt").exists())  # what this script wrote
-    text = "\n".join(read_text(path) for path in paths)
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
-
-
-def read_text(path):
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is no text in UTF-8: byte {error.start} is {error.reason}")
-    return text if "\0" not in text else fail(f"{path} is no text: it has a NUL byte")
-
-
-def load_manual():
-    """The topics of Python's help(), about 0.4 MB of English and code; a tenth of them, chosen by
-    their names, held out. They repeat each other: a paragraph counts once, where it stands first.
-    On Python 3.11, 1 % of the characters held out are in lines that training has, too."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        fail("this Python has no manual (pydoc_data.topics): give --data a text file")
-    seen, train, held_out = {""}, [], []
-    for name, topic in sorted(topics.items()):
-        paragraphs = {" ".join(p.split()): p.rstrip() for p in topic.split("\n\n")}
-        fresh = [paragraph for words, paragraph in paragraphs.items() if words not in seen]
-        seen |= paragraphs.keys()
-        (train if zlib.crc32(name.encode()) % 10 else held_out).append("\n\n".join(fresh))
-    return "\n\n\n".join(train), "\n\n\n".join(held_out)
-
-
-def read_prompt(config):
-    """--prompt -: what comes on stdin, less the end of its last line."""
-    if config.prompt == "-" and leading():
-        typed = sys.stdin.buffer.read().decode("utf-8", "replace")
-        config.prompt = typed.removesuffix("\n").removesuffix("\r")
-
-
-def prepare(run, model, text, held_out):
-    """-> the tokens of ``text`` (N,). Merges are learned when a run begins, later restored."""
-    if run.step == 0:
-        model.tokenizer.learn(text)
-    tokens, others = (torch.tensor(model.tokenizer.encode(t)) for t in (text, held_out))
-    if len(tokens) < 2 * run.config.block_size + 1 or len(others) < 2:
-        fail(f"--data {run.config.data} has too little text: {len(tokens)} tokens to train on, "
-             f"{len(others)} held out, where a block is {run.config.block_size}")
-    run.same_data(tokens, others)
-    return tokens
-
-
-def write_samples(run, model):
-    """Stream texts to the terminal, and into samples.txt; or the list that --explain asks for."""
-    config, prompt, texts = run.config, run.config.prompt, []
-    with suppress(AttributeError):  # a terminal may lack characters; a notebook lacks the method
-        sys.stdout.reconfigure(errors="replace")
-    if config.explain:
-        print(f"after {prompt!r}:")
-        for piece, p in explain(model, prompt):
-            print(f"{p:7.1%}  {piece.decode('utf-8', 'replace')!r}")
-        return
-    how = config.tokens, config.temperature, config.top_k, config.top_p
-    for i in range(config.samples):
-        texts.append(prompt)
-        print(prompt, end="", flush=True)
-        for piece in stream(model, prompt, *how, seed=config.seed + i):
-            print(piece, end="", flush=True)
-            texts[-1] += piece
-        print("\n")
-    run.write("samples.txt", f"\n{'-' * 80}\n".join(texts).encode("utf-8", "replace"))
 
 
 # ---- block: runs (the same in every file) ----
@@ -1066,6 +975,98 @@ def leader_first():
     if leading():
         highest(0)
 # ---- end block ----
+
+
+# ==== Files and the terminal ======================================================================
+KINDS = ".txt .md .rst .tex .html .csv .json .toml .py .c .h .cpp .rs .go .java .js .ts".split()
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+
+def load_text(name, data_dir):
+    """-> two str, to train on and held out: the last 10 %; of the manual, some topics."""
+    path = Path(data_dir, "shakespeare.txt") if name == "shakespeare" else Path(name)
+    if name == "manual":
+        return load_manual()
+    if name == "shakespeare" and not path.exists():
+        download([SHAKESPEARE[0]], path, SHAKESPEARE[1])
+    if not path.exists():
+        fail(f"no data {name}: give manual, shakespeare, a text file, or a folder of them")
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()
+                       and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                       and not (p.parent / "checkpoint.pt").exists())  # what this script wrote
+    text = "\n".join(read_text(path) for path in paths)
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def read_text(path):
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is no text in UTF-8: byte {error.start} is {error.reason}")
+    return text if "\0" not in text else fail(f"{path} is no text: it has a NUL byte")
+
+
+def load_manual():
+    """The topics of Python's help(), about 0.4 MB of English and code; a tenth of them, chosen by
+    their names, held out. They repeat each other: a paragraph counts once, where it stands first.
+    On Python 3.11, 1 % of the characters held out are in lines that training has, too."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        fail("this Python has no manual (pydoc_data.topics): give --data a text file")
+    seen, train, held_out = {""}, [], []
+    for name, topic in sorted(topics.items()):
+        paragraphs = {" ".join(p.split()): p.rstrip() for p in topic.split("\n\n")}
+        fresh = [paragraph for words, paragraph in paragraphs.items() if words not in seen]
+        seen |= paragraphs.keys()
+        (train if zlib.crc32(name.encode()) % 10 else held_out).append("\n\n".join(fresh))
+    return "\n\n\n".join(train), "\n\n\n".join(held_out)
+
+
+def read_prompt(config):
+    """--prompt -: what comes on stdin, less the end of its last line."""
+    if config.prompt == "-" and leading():
+        typed = sys.stdin.buffer.read().decode("utf-8", "replace")
+        config.prompt = typed.removesuffix("\n").removesuffix("\r")
+
+
+def prepare(run, model, text, held_out):
+    """-> the tokens of ``text`` (N,). Merges are learned when a run begins, later restored."""
+    if run.step == 0:
+        model.tokenizer.learn(text)
+    tokens, others = (torch.tensor(model.tokenizer.encode(t)) for t in (text, held_out))
+    if len(tokens) < 2 * run.config.block_size + 1 or len(others) < 2:
+        fail(f"--data {run.config.data} has too little text: {len(tokens)} tokens to train on, "
+             f"{len(others)} held out, where a block is {run.config.block_size}")
+    run.same_data(tokens, others)
+    return tokens
+
+
+def write_samples(run, model):
+    """Stream texts to the terminal, and into samples.txt; or the list that --explain asks for."""
+    config, prompt, texts = run.config, run.config.prompt, []
+    with suppress(AttributeError):  # a terminal may lack characters; a notebook lacks the method
+        sys.stdout.reconfigure(errors="replace")
+    if config.explain:
+        print(f"after {prompt!r}:")
+        for piece, p in explain(model, prompt):
+            print(f"{p:7.1%}  {piece.decode('utf-8', 'replace')!r}")
+        return
+    how = config.tokens, config.temperature, config.top_k, config.top_p
+    for i in range(config.samples):
+        texts.append(prompt)
+        print(prompt, end="", flush=True)
+        for piece in stream(model, prompt, *how, seed=config.seed + i):
+            print(piece, end="", flush=True)
+            texts[-1] += piece
+        print("\n")
+    run.write("samples.txt", f"\n{'-' * 80}\n".join(texts).encode("utf-8", "replace"))
 
 
 if __name__ == "__main__":

@@ -376,6 +376,21 @@ def sample(model, n, seed=None):
         return torch.cat([model.picture(model.place(e)) for e in eps.split(500)])
 
 
+def draw_walk(run, model, test, rows=3, columns=8, stops=4, frames=24):
+    """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home
+    again. The still image, for viewers without animation, has the first three walks.
+    """
+    codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
+    codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
+    with evaluating(model):
+        for frame in range(frames):
+            leg, way = divmod(frame * stops / frames, 1)
+            z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
+            film.append(model.picture(z).cpu())                               # (walkers, C, H, W)
+    still = torch.stack([frame[:rows] for frame in film[::frames // columns]], 1).flatten(0, 1)
+    run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
+
+
 def load(path, device="cpu"):
     """The model of a checkpoint, in eval mode. UserError if ``path`` is none of vae.py's."""
     state = read_checkpoint(path)
@@ -428,53 +443,15 @@ def judge(model, test):
     return figures
 
 
-# ==== 7. Looking ==================================================================================
-
-
-def draw_samples(run, model):
-    """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each number."""
-    run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
-    if model.config.latent_dim == 2:
-        # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
-        # even grid on the unit square to points that lie as densely as N(0, I).
-        steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
-        eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)  # (400, 2)
-        with evaluating(model):
-            run.write("map.png", png(grid(model.picture(model.place(eps)), 20)))
-
-
-def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, below each how it came back."""
-    test = test[torch.arange(40) % len(test)]
-    with evaluating(model):
-        rebuilt = model.picture(mean_codes(model, test)).cpu()
-    pairs = torch.stack([(test / 255).unflatten(0, (4, 10)), rebuilt.unflatten(0, (4, 10))], 1)
-    run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
-
-
-def draw_walk(run, model, test, rows=3, columns=8, stops=4, frames=24):
-    """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home
-    again. The still image, for viewers without animation, has the first three walks.
-    """
-    codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
-    codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
-    with evaluating(model):
-        for frame in range(frames):
-            leg, way = divmod(frame * stops / frames, 1)
-            z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
-            film.append(model.picture(z).cpu())                               # (walkers, C, H, W)
-    still = torch.stack([frame[:rows] for frame in film[::frames // columns]], 1).flatten(0, 1)
-    run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
-
-
 def main(argv=None):
     """The command line, ``argv`` or the process's own -> exit status (see launch)."""
     return launch(argv, train)
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# What they ask of this file: its name in checkpoints and folders, the settings that may not change
-# once training has begun, and those on whose change a trained model is judged again.
+# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
+# folders, the settings that may not change once training has begun, and those on whose change a
+# trained model is judged again.
 NAME = "vae"
 FIXED = ("kind", "beta", "importance", "latent_dim", "width", "image_size", "channels", "data",
          "batch_size", "seed")
@@ -1176,6 +1153,30 @@ def load_images(name, data_dir, size=28, channels=1):
     return data._replace(train=fitted(data.train, size, channels),
                          test=fitted(data.test, size, channels))
 # ---- end block ----
+
+
+# ==== Pictures that train writes ==================================================================
+
+
+def draw_samples(run, model):
+    """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each number."""
+    run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
+    if model.config.latent_dim == 2:
+        # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
+        # even grid on the unit square to points that lie as densely as N(0, I).
+        steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
+        eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)  # (400, 2)
+        with evaluating(model):
+            run.write("map.png", png(grid(model.picture(model.place(eps)), 20)))
+
+
+def draw_reconstructions(run, model, test):
+    """reconstructions.png: four rows of originals, below each how it came back."""
+    test = test[torch.arange(40) % len(test)]
+    with evaluating(model):
+        rebuilt = model.picture(mean_codes(model, test)).cpu()
+    pairs = torch.stack([(test / 255).unflatten(0, (4, 10)), rebuilt.unflatten(0, (4, 10))], 1)
+    run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
 
 
 if __name__ == "__main__":
