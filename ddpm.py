@@ -380,7 +380,7 @@ def train(config):
     ema = averaged(model)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     run = Run(config, model=model, average=ema, optimizer=optimizer)
-    run.agree = highest
+    run.agree = highest  # of several processes all stop, or none
     if not run.finished:
         data, table = prepare(run, model, ema.module)
         for step in run.steps():

@@ -22,14 +22,14 @@ every new forgery. If the forger wins, the detective is left with tossing a coin
     python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gpu     on a GPU
 
 Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
-last), interpolation.png, mixing.png and truncation.png (of styles), neighbours.png (twenty
+last), interpolation.png, with stylegan mixing.png and truncation.png, neighbours.png (twenty
 samples, each above the training picture nearest to it), metrics.csv, checkpoint.pt. The same
 command again goes on where it stopped, with the settings of the checkpoint where none are given;
 on a finished model it only samples (--seed 1: other samples).
 
-On two cores the plain command trains for 83 s (Xeon, AVX-512) to 194 s (AMD EPYC, Zen 3). On MNIST
-16,000 steps of dcgan take 570 s and reach fid 2.8; 10,000 of stylegan with --latent-dim 64 take 440
-s, and fid 3.1 to 4.2, by seed (README says more).
+On two cores of an AMD EPYC the plain command trains for 44 s (Zen 5) to 194 s (Zen 3). Samples of
+MNIST are judged by fid, a distance from its test pictures (README): on Zen 5, 16,000 steps of dcgan
+take 135 s and reach 2.6 to 2.9, 10,000 of stylegan with --latent-dim 64 120 s and 2.9 to 4.1.
 
 Papers: Goodfellow et al. 2014 (arXiv:1406.2661), the duel; Radford, Metz, Chintala 2015
 (arXiv:1511.06434), DCGAN; Karras, Laine, Aila 2018 (arXiv:1812.04948), StyleGAN; Karras et al. 2019
@@ -69,9 +69,9 @@ class Config:
     r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
     r1_every: int = knob(8, "steps from one such penalty to the next; it counts for all", 1, 1000)
     mixing: float = knob(0.5, "share of stylegan's fakes in two styles", 0, 1)
-    truncation: float = knob(1.0, "1: all of what it knows; less: nearer to the average", 0, 2)
+    truncation: float = knob(1.0, "of stylegan: below 1, nearer to the average picture", 0, 2)
     steps: int = knob(4000, "steps in all, each an update of both", 1, 10**8)
-    batch_size: int = knob(16, "pictures a step, and as many fakes; in fours", 4, 2**16)
+    batch_size: int = knob(16, "pictures a step, and as many fakes; a multiple of 4", 4, 2**16)
     learning_rate: float = knob(2e-3, "of both; less where training diverges", 0, 1)
     export: int = knob(0, "write so many samples into export/, as PNG files", 0, 10**6)
     test_images: int = knob(2000, "held-out pictures to judge on", 10, 10**6)
@@ -98,7 +98,8 @@ class Config:
 
 # ==== 1. The pictures =============================================================================
 # load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
-# the channels, height and width of a picture: 1, 28, 28, or in colour 3, 32, 32; L is latent_dim.
+# the channels, height and width of a picture: 1, 28, 28, or by default in colour 3, 32, 32. L is
+# latent_dim.
 
 
 def scaled(pictures):
@@ -127,20 +128,20 @@ def conv(inside, outside):
 
 # ==== 2. The forger of 2015: DCGAN ================================================================
 # Radford, Metz and Chintala found, among many that fail, a pair of networks that trains. What they
-# advise, and what stands here (fid, in README, is how far samples are from MNIST: less is better;
-# compare within a bracket only, since runs differ in length and settings):
+# did, and what stands here (fid: how far samples are from MNIST in the features of a small
+# classifier, less is better; compare within a bracket only; one seed each: README):
 #
 # - no pooling: the networks learn how to shrink and to grow pictures. There by convolutions with
 #   stride, here by folding 2x2 pixels into channels and back (fid 14.5; with one such convolution
 #   in the detective 17.3);
-# - batch normalisation in both: it keeps signals and gradients at one size from layer to layer, and
-#   fakes apart from each other. It makes a picture depend on its neighbours in the batch, though,
-#   and needs other statistics afterwards. Here the forger normalises each picture by itself
-#   (GroupNorm), and the detective not at all: R1, below, tames it (fid 8.0; theirs, without R1,
-#   10.3; ours without R1, 11.6);
+# - batch normalisation in both, but where pixels go in or out: it keeps signals and gradients at
+#   one size from layer to layer, and fakes apart from each other. It makes a picture depend on its
+#   neighbours in the batch, though, and needs other statistics afterwards. Here the forger
+#   normalises each picture by itself (GroupNorm), and the detective not at all: R1, below, tames it
+#   (fid 8.0; theirs, without R1, 10.3; ours without R1, 11.6);
 # - ReLU in the forger, leaky ReLU in the detective: a gradient for the forger passes through all of
 #   the detective, and a plain ReLU would let none pass where it is off;
-# - tanh at the end of the forger: pixels have bounds, and the detective must not tell by them;
+# - tanh at the end of the forger. As pixels have bounds, the detective must not tell by them;
 # - z had 100 numbers there, here 16 (fid 11.0; with 64 numbers 14.5);
 # - weights drawn from N(0, 0.02^2) there; here PyTorch's own, of deviation 1/sqrt(3 fan_in).
 
@@ -151,7 +152,6 @@ class DCGAN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.shape = (config.channels, config.image_size, config.image_size)
         (size, width), *finer = levels(config)
         self.first = nn.Sequential(nn.Linear(config.latent_dim, width * size * size),
                                    nn.Unflatten(1, (width, size, size)))
@@ -181,13 +181,12 @@ class DCGAN(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """A convolution whose input channels w scales: (B, in, H, W), (B, L) -> (B, out, H, W).
+    """A convolution; w scales its input channels: (B, in, H, W), (B, L) -> (B, out, H, W).
 
     StyleGAN2 scales weights, another set for each picture. To scale the activations going in, by s,
-    is the same and cheaper (section 2.2 there: x s convolved with weights W is x convolved with
-    s W). Demodulation divides each output channel by the length of its scaled weights, sqrt(sum of
-    (s W)^2): for inputs of unit variance the output has unit variance again (equation 3).
-    """
+    is the same and cheaper (section 2.2 there: conv(s x, W) = conv(x, s W)). Demodulation divides
+    each output channel by the length of its scaled weights, sqrt(sum of (s W)^2): for inputs of
+    unit variance the output has unit variance again (equation 3)."""
 
     def __init__(self, inside, outside, latent_dim):
         super().__init__()
@@ -279,7 +278,8 @@ class Discriminator(nn.Module):
 
     Of the batch, too, it hears one thing, how much its pictures differ (Karras et al. 2017,
     arXiv:1710.10196, section 3): a forger who paints one picture again and again gives himself
-    away. In groups of four, neighbours in the batch.
+    away. In groups of four, neighbours in the batch (of one, and no use, if four does not divide
+    it).
     """
 
     def __init__(self, config):
@@ -323,8 +323,9 @@ def forger_loss(fake):
 
 def r1_penalty(discriminator, real):
     """Mean over real pictures of the squared gradient of the logit by the pixels, halved
-    (Mescheder et al. 2018, equation 9). Without it D keeps moving when fakes are right. (Through
-    the spread of its group a picture moves its neighbours' logits, too; that is in the sum.)"""
+    (Mescheder et al. 2018, equation 9). Without it D keeps pushing where fakes are right already.
+    (Through the spread of its group a picture moves its neighbours' logits, too; that is in the
+    sum.)"""
     real = real.detach().requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return 0.5 * slope.square().sum((1, 2, 3)).mean()
@@ -344,7 +345,7 @@ def detective_turn(discriminator, optimizer, real, fake, r1=0.0):
 
 
 def forger_turn(discriminator, optimizer, fake):
-    """One step of the forger, on its ``fake``, as it came out of it -> its figures. The gradient
+    """One step of the forger, on its ``fake``, not detached -> its figures. The gradient
     passes through the detective, whose weights stand still and get none."""
     discriminator.requires_grad_(False)
     loss = forger_loss(discriminator(fake))
@@ -358,7 +359,7 @@ def forge(generator, n, mixing=0.0):
     """n fresh fakes; of stylegan's, a share ``mixing`` has one style up to a layer drawn at random
     and another from there on, so that layers learn not to rely on each other's styles (Karras et
     al. 2018, section 3.1; in one trial fid was lower by 1.5, but seeds differ by as much)."""
-    device = next(generator.parameters()).device
+    device = model_device(generator)
     if generator.config.generator == "dcgan":
         return generator(generator.draw(n)[0].to(device))
     (z, noise), (other, _) = generator.draw(n), generator.draw(n)
@@ -391,10 +392,10 @@ def adam(net):
 
 
 def averaged(model):
-    """The mean of the forger's weights over the last ninth of the steps, or 500 if that is less.
-    The two players chase each other in circles, and the middle of a circle is better than a point
-    of it (Yazici et al. 2018, arXiv:1806.04498): at the full rate fid 7.1 and the last weights
-    14.3; once the rate has come down, they are equal."""
+    """A running mean of the forger's weights; it reaches back over a ninth of the steps so far, 500
+    at most. The two players chase each other in circles, and the middle of a circle is better than
+    a point of it (Yazici et al. 2018, arXiv:1806.04498): at the full rate fid 7.1 and the last
+    weights 14.3; once the rate has come down, they are equal."""
     def follow(averages, weights, count):
         decay = min(0.998, (1 + count) / (10 + count))
         get_ema_multi_avg_fn(decay)(averages, weights, count)
@@ -419,8 +420,7 @@ def train(config):
     if not run.finished:
         data = load_images(config.data, config.data_dir, config.image_size, config.channels)
         run.same_data(data.train, data.test)
-        train, test = data.train, data.test
-        if len(test) < 4:
+        if len(data.test) < 4:
             fail(f"{config.data}: at least four held-out pictures are needed to judge on")
         for step in run.steps():
             if step == 0 or run.due(20):
@@ -428,7 +428,7 @@ def train(config):
             rate = config.learning_rate * schedule(step / config.steps)
             for group in (*optimizer_g.param_groups, *optimizer_d.param_groups):
                 group["lr"] = rate * group["pace"]
-            real = scaled(train[run.batch_rows(len(train))].to(device))
+            real = scaled(data.train[run.batch_rows(len(data.train))].to(device))
             fake = forge(G, len(real), config.mixing)                          # both (B, C, H, W)
             due = config.r1 * config.r1_every if step % config.r1_every == 0 else 0
             run.log(**detective_turn(D, optimizer_d, real, fake, due))
@@ -436,10 +436,10 @@ def train(config):
             ema.update_parameters(G)
             if run.due(5):  # now and then, to see how it comes on
                 draw_samples(run, ema.module)
-                run.log(**duel_score(ema.module, D, test[:1000]))
+                run.log(**duel_score(ema.module, D, data.test[:1000]))
         draw_training(run, ema.module)
-        draw_neighbours(run, ema.module, train)
-        run.finish(judge(ema.module, D, test))
+        draw_neighbours(run, ema.module, data.train)
+        run.finish(judge(ema.module, D, data.test))
     draw_samples(run, ema.module)
     draw_strips(run, ema.module)
     export(run, ema.module)
@@ -453,8 +453,8 @@ def train(config):
 def sample(model, n, truncation=1.0, seed=None):
     """n new pictures -> floats (n, C, H, W) in [0, 1].
 
-    truncation below 1 keeps to what it paints best: stylegan's w, seen from its mean, is multiplied
-    by it (Karras et al. 2018, appendix B), or dcgan's z, whose length the next norm all but undoes.
+    truncation multiplies stylegan's w, seen from its mean: below 1 it keeps to what it paints best
+    (Karras et al. 2018, appendix B). It multiplies dcgan's z; the next norm all but undoes that.
     The same seed gives the same pictures; None draws from torch's global generator.
     """
     noise, device = None if seed is None else seeded(seed, "sample"), model_device(model)
@@ -486,10 +486,10 @@ def load(path, device="cpu"):
 
 
 def duel_score(model, D, test):
-    """How often the detective is right, on held-out real pictures and on fresh fakes: one half
+    """How often the detective is right, on held-out real pictures and on fakes: one half
     on each is the forger's victory. And how varied the fakes are: a collapse to a few is named."""
     device = model_device(model)
-    test = test[:max(4, len(test) // 4 * 4)]  # whole groups, as in training
+    test = test[:len(test) // 4 * 4]  # whole groups, as in training
     pictures = sample(model, len(test), seed="duel") * 2 - 1
     with evaluating(D):
         real, fake = (torch.cat([D(some.to(device)) for some in x.split(200)])
@@ -509,7 +509,7 @@ def variety(pictures, like):
     rest, over the same of as many real ones. Near 1 is well; towards 0 the forger has collapsed to
     a few pictures."""
     def nearest(x):
-        x = x.flatten(1).float()
+        x = x.flatten(1)
         distance = torch.cdist(x, x) + 1e9 * torch.eye(len(x), device=x.device)
         return distance.amin(1).median()
     n = min(len(pictures), len(like))
@@ -1328,7 +1328,7 @@ def export(run, model):
     for first in range(0, config.export, 1000):  # not all at once in memory
         n, seed = min(1000, config.export - first), (config.seed, first)
         for i, image in enumerate(sample(model, n, config.truncation, seed).cpu()):
-            picture = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+            picture = (image * 255).round().byte().permute(1, 2, 0)
             write_file(folder / f"{first + i:06}.png", png(picture))
     for path in folder.glob("??????.png") if config.export else ():  # of a larger export before
         if path.stem.isdigit() and int(path.stem) >= config.export:

@@ -71,7 +71,7 @@ class Config:
     micro_batches: int = knob(1, "parts in which a batch is computed, to save memory", 1, 2**16)
     learning_rate: float = knob(0.03, "peak of Muon's; AdamW has a third of it", 0, 1)
     compile: bool = knob(False, "torch.compile: a minute of patience; worth it on a GPU")
-    prompt: str = knob("", "what the text goes on from; - reads it from stdin")
+    prompt: str = knob("", "what the text goes on from (no space at its end); - reads stdin")
     tokens: int = knob(400, "how many to write", 1, 10**8)
     temperature: float = knob(0.7, "below 1: safer, 0: always the likeliest", 0, 100)
     top_k: int = knob(0, "draw from the k likeliest tokens only; 0: from all", 0, 2**16)
@@ -98,7 +98,7 @@ class Config:
 #
 #     t h e _ c a t _ t h e   ->   th e _ c a t _ th e   ->   the _ c a t _ the
 #
-# The text gets shorter: a block reaches further back, and a step reads more. Merges stay inside of
+# The text gets shorter: as many tokens reach further back, a step reads more. Merges stay inside of
 # words, or "dog." and "dog," would become tokens. A word takes one space before it; of characters
 # beyond ASCII every byte counts as a letter; runs of more than 48 are cut.
 WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,48}| ?\d{1,48}| ?[^\sA-Za-z\d\x80-\xff]{1,48}"
@@ -187,9 +187,9 @@ class Tokenizer(nn.Module):
 
 # ==== 2. The Transformer ==========================================================================
 # B is the batch, T the tokens in a stretch of text, W the width, H the heads, D = W / H, V the
-# vocabulary. W numbers stand for a token, and every layer adds to them: attention adds what it
-# fetched from tokens on the left, the MLP what it makes of that. The sum, the residual stream, is
-# never overwritten, and gradients pass it unharmed. There are no biases anywhere; none is missed.
+# vocabulary. W numbers stand for a token, and every block adds to them: attention adds what it
+# fetched from this token and those on its left, the MLP what it makes of that. The sum, the
+# residual stream, is never overwritten, and gradients pass it unharmed. There are no biases.
 
 
 def rotations(count, size):
@@ -213,9 +213,10 @@ def rotate(x, rotation):
 
 
 class Attention(nn.Module):
-    """Each token asks (query), each offers (key): the better they match, the more value it gets.
+    """Each token asks (query) and offers (key, value): the better a key fits a query, the more of
+    its value is fetched.
 
-        softmax( q k^T / sqrt(D) + mask ) v          (equation 1; F.scaled_dot_product_attention)
+        softmax( q k^T / sqrt(D) + mask ) v      (paper: equation 1; scaled_dot_product_attention)
 
     H heads do so, each in D numbers of its own, made from all W: one may look for verbs, one for
     brackets. Without sqrt(D), sums of many products are so large that the softmax sees little but
@@ -268,10 +269,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP. Each first brings its input to mean square 1, and scales it.
-    Before, not after: that leaves the residual stream alone, and training is stable from the start
-    (Xiong et al. 2020, arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is
-    LayerNorm without the mean (and here without bias)."""
+    """x + attention, then x + MLP. A norm brings the input of both to mean square 1, and scales it.
+    The input, not the sum: so the residual stream is left alone, and training is stable from the
+    start (Xiong et al. 2020, arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is
+    LayerNorm without the mean."""
 
     def __init__(self, config):
         super().__init__()
@@ -298,9 +299,9 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotation, persistent=False)
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        # The last layer of each branch starts at zero: every block begins as "do nothing". So does
-        # the head: all tokens begin equally likely, and a guess costs ln V. The other layers keep
-        # the size of what they get. Embeddings are N(0, 1): with a tenth of that, or with one small
+        # The last matrix of attention and MLP starts at zero: blocks begin as "do nothing". So does
+        # the head: all tokens begin equally likely, and a guess costs ln V. Other matrices keep the
+        # size of what they get. Embeddings are N(0, 1): with a tenth of that, or with one small
         # matrix for embedding and head, as in GPT-2, the loss after 22 s was 0.05 higher.
         for block in self.blocks:
             for layer in (block.attention.qkv, block.mlp.up):
@@ -350,7 +351,7 @@ def nats_per_byte(model, text):
 
 # ==== 4. Training =================================================================================
 # train, at the end of the chapter, is the loop. Two optimisers share the work in it, each with what
-# it is good at. run (block `runs`) does the rest: seeds, order of the rows, checkpoints, stopping.
+# it is good at. Run (in the plumbing) does the rest: seeds, order of rows, checkpoints, stopping.
 
 
 class Muon(torch.optim.Optimizer):
@@ -384,8 +385,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model):
-    """Muon for the blocks' matrices; AdamW for embedding and head, whose rows stand for tokens,
-    most of them rare, and for the norms. Every parameter is in exactly one."""
+    """Muon for the blocks' matrices; AdamW, as Muon's author advises, for embedding, head, norms.
+    Every parameter is in exactly one."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     return Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -436,7 +437,7 @@ def train(config):
     model = GPT(config).to(device)
     muon, adamw = make_optimizers(model)
     run = Run(config, model=model, optimizer_muon=muon, optimizer_adamw=adamw)
-    run.agree = highest
+    run.agree = highest  # of several processes all stop, or none
     if not run.finished:
         with leader_first():
             text, held_out = load_text(config.data, config.data_dir)
@@ -482,9 +483,11 @@ class Context:
 
     def __init__(self, model):
         self.model, self.tokens, self.cache = model, [], []
+        self.known = 256 + (model.tokenizer.merges[:, 0] >= 0).sum().item()  # a short text has few
 
     def read(self, new):
-        """Append a list of tokens -> logits (V,) of the next one, as model(tokens) would say."""
+        """Append a list of tokens -> logits of the next one, as model(tokens) would say: (V,), less
+        tokens of merges that were never learned."""
         size = self.model.config.block_size
         if len(self.tokens) + len(new) > size:
             new = (self.tokens + new)[-(size // 2 if self.tokens else size):]
@@ -494,7 +497,7 @@ class Context:
         self.tokens = self.tokens + new
         with torch.no_grad():  # eval mode makes no difference to this model
             x = torch.tensor([new], device=self.model.head.weight.device)
-            return self.model(x, self.cache)[0, -1].float().cpu()
+            return self.model(x, self.cache)[0, -1, :self.known].float().cpu()
 
 
 def choose(logits, temperature, top_k, top_p, generator=None):
@@ -506,9 +509,8 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     """
     if temperature < 1e-6:
         return logits.argmax().item()
-    p = ((logits - logits.max()) / temperature).softmax(0)
-    p, order = p.sort(descending=True)
-    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # those before it: below the share
+    p, order = (logits / temperature).softmax(0).sort(descending=True)
+    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # what is likelier sums to less than top_p
     keep[0] = True
     if top_k:
         keep[top_k:] = False

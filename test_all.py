@@ -792,7 +792,7 @@ def test_foreign_checkpoints_are_refused_and_untouched(data, reference, tmp_path
     (["--kind", "gan"], ["ae or vae"]), (["--beta", "nan"], ["--beta"]),
     (["--beta", "-1"], ["--beta"]), (["--learning-rate", "inf"], ["--learning-rate"]),
     (["--kind", "ae", "--beta", "4"], ["ae", "--beta"]),
-    (["--beta", "2", "--importance", "5"], ["L_k", "--beta"]),
+    (["--beta", "2", "--importance", "5"], ["--importance", "--beta"]),
     (["--colour", "red"], ["--colour"]), (["--late", "3"], ["--late"]), (["extra"], ["extra"]),
     (["--samples"], ["--samples"]), (["--device", "cuda:9"], ["cuda"]),
     (["--data", ""], ["a name or a path"]), (["--data", "a,"], ["a name or a path"]),
@@ -944,7 +944,7 @@ def test_cached_logits_are_those_of_a_plain_forward():
             assert context.tokens == tokens[:start + parts][-sizes[-1]:]
             with torch.no_grad():
                 plain = model(torch.tensor([context.tokens]))[0, -1]
-            torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits, plain[:context.known], rtol=0, atol=1e-4)
             assert context.cache[0][0].shape[2] == sizes[-1] and not logits.requires_grad
         assert max(sizes) == 16 if 16 % parts == 0 else max(sizes) > 10
         if parts == 1:
@@ -1088,7 +1088,11 @@ def test_explain():
     model = tiny_gpt()
     likeliest = gpt.explain(model, "the cat", count=300)
     with torch.no_grad():
-        p = model(torch.tensor([model.tokenizer.encode("the cat")]))[0, -1].softmax(0)
+        logits = model(torch.tensor([model.tokenizer.encode("the cat")]))[0, -1]
+    learned = 256 + int((model.tokenizer.merges[:, 0] >= 0).sum())
+    assert learned < len(logits)  # of the rest nothing is expected
+    p = logits[:learned].softmax(0)
+    assert all(piece for piece, _ in likeliest) and len(likeliest) == learned
     assert sum(share for _, share in likeliest) == pytest.approx(1, abs=1e-4)
     assert [share for _, share in likeliest] == pytest.approx(sorted(p.tolist(), reverse=True))
     assert likeliest[0][0] == model.tokenizer.decode([p.argmax().item()])

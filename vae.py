@@ -27,7 +27,7 @@ Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), ma
 of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with
 the settings of the checkpoint where none are given; on a finished model it only samples (--seed 1:
 other samples). On two cores of an AMD EPYC the plain command takes two minutes (Zen 5) to five (Zen
-3, a slow hour); on MNIST the bound on log p(x) reaches -83.7 nats in nine minutes (README).
+3); on MNIST the bound on log p(x) reaches -83.7 nats in eight minutes (Zen 5; README).
 
 Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
@@ -82,7 +82,7 @@ class Config:
         check_config(self)
         settle_shape(self, 4)
         if (self.kind == "ae") + (self.beta != 1) + (self.importance > 1) > 1:
-            fail("--kind ae has no KL term and no L_k, and L_k no --beta: give one of the three")
+            fail("--kind ae, --beta and --importance exclude each other: give one of the three")
 
 
 # ==== 1. The pictures =============================================================================
@@ -91,7 +91,7 @@ class Config:
 
 
 def scaled(pictures, generator=None):
-    """Bytes (B, C, H, W) -> floats: of colour all 256 values, from 0 to 1. A grey pixel becomes 1,
+    """Bytes (B, C, H, W) -> floats. Colour keeps its 256 values, as 0 to 1; a grey pixel becomes 1,
     ink, with the probability of its grey, else 0.
 
     Drawn afresh each time, so the data never quite repeat. And with pixels that are tosses of coins
@@ -126,8 +126,8 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """q(z|x): pictures (B, C, H, W) -> (B, 2 L), means and log variances of their codes: any number
-    is a log variance, and sigma = exp(logvar / 2) is positive by itself. Shapes are for 28x28."""
+    """q(z|x): pictures (B, C, H, W) -> (B, 2 L), means and log variances of their codes: a log
+    variance may be any number, and sigma = exp(logvar / 2) is positive. Shapes are for 28x28."""
 
     def __init__(self, config):
         width, side = config.width, config.image_size // 4
@@ -145,7 +145,7 @@ class Encoder(nn.Sequential):
 
 class Decoder(nn.Sequential):
     """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; of colour, the
-    middle of each value's bump (chapter 3)."""
+    middle of a bell curve over each value (a bump: chapter 3)."""
 
     def __init__(self, config):
         width, side = config.width, config.image_size // 4
@@ -226,11 +226,11 @@ def log_bernoulli(logits, x):
 def log_logistic(middle, log_scale, x):
     """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats.
 
-    A value is one of 256, and p is the area of a bump over its bin, 1/255 wide: of the logistic
+    A value is one of 256. Its p is the area, over its bin, 1/255 wide, of a bump: the logistic
     density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being (the
     bin's upper and lower end - the bump's middle) / scale. (For 0 and 1 the bin reaches to
-    infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) Computed as
-    a product, sigmoid(a) sigmoid(-b) (1 - exp(b - a)), it is never rounded to 0.
+    infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) It is the
+    product sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose log is finite even where p is tiny.
     """
     scale = log_scale.exp()[:, None, None]
     a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
@@ -264,8 +264,8 @@ def elbo_terms(model, x):
     return log_fit(model, z, x), kl_divergence(mean, logvar)
 
 
-# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With k draws, each
-# weighted by how well it explains x, the bound comes closer (Burda et al. 2015, equation 8):
+# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With a mean of k
+# draws inside of the log the bound comes closer (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
@@ -342,9 +342,10 @@ def train(config):
 
 def mean_codes(model, pictures):
     """Bytes (N, C, H, W) -> the means of their codes, (N, L)."""
-    x, device = scaled(pictures.cpu(), seeded("codes")), model.prior_mean.device
+    tosses, device = seeded("codes"), model.prior_mean.device
     with evaluating(model):
-        return torch.cat([model.encode(some.to(device))[0] for some in x.split(500)])
+        return torch.cat([model.encode(scaled(some.cpu(), tosses).to(device))[0]
+                          for some in pictures.split(500)])
 
 
 def fit_gaussian(model, pictures):
@@ -404,15 +405,15 @@ def load(path, device="cpu"):
 
 
 def weigh(model, images, k, generator):
-    """Yield pictures (b, C, H, W) and their log weights (b, k), not over 1000 codes at a time."""
+    """Yield pictures (b, C, H, W) and their log weights (b, k), at most 1000 codes at a time."""
     for x in images.to(model.prior_mean.device).split(max(1, 1000 // k)):
         draws = torch.arange(k).split(1000)
         yield x, torch.cat([log_weights(model, x, len(some), generator) for some in draws], 1)
 
 
 def log_likelihood(model, images, k, seed=None):
-    """An estimate of L_k, whose mean is a lower bound on log p(x): pictures (B, C, H, W), grey ones
-    of 0 and 1, colour in [0, 1] of 256 levels -> (B,), nats a picture."""
+    """An unbiased estimate of L_k, a lower bound on log p(x): pictures (B, C, H, W), grey ones of 0
+    and 1, colour in [0, 1] of 256 levels -> (B,), nats a picture."""
     if model.config.kind == "ae":
         fail("an autoencoder has no likelihood: its codes have no probability")
     noise = None if seed is None else seeded(seed, "draws")
