@@ -27,7 +27,8 @@ Look into out/ddpm: forward.png (the destruction), samples.png (its rows rise in
 denoising.png (an animation), neighbours.png (each sample above the training picture nearest to it),
 metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with the settings of
 the checkpoint where none are given; on a finished model it only samples (--seed 1: other samples).
-On two cores (AMD EPYC, Zen 3) the plain command takes five minutes, and a hundred pictures 4 s.
+On two cores of an AMD EPYC the plain command takes 78 s (Zen 5) to 261 (Zen 3). On MNIST ten
+minutes (Zen 5) reach a Frechet distance of 1.3 to the test pictures at guidance 1.5 (README).
 
 Papers: Sohl-Dickstein et al. 2015 (arXiv:1503.03585), the idea; Ho, Jain, Abbeel 2020
 (arXiv:2006.11239), DDPM; Song, Meng, Ermon 2020 (arXiv:2010.02502), DDIM; Nichol, Dhariwal 2021

@@ -27,8 +27,8 @@ guess well it has to spell, to close brackets, to remember who is speaking; nobo
 
 Look into out/gpt: samples.txt, metrics.csv, checkpoint.pt. The same command again goes on where it
 stopped, with the values of the checkpoint where none are given; on a finished model it only writes
-(--seed 1: another text). On two cores of an AMD EPYC the plain command takes 3.5 minutes (Zen 4) or
-4.2 (Zen 3); on Shakespeare 94 seconds reach a loss of 1.55 (chapter 3), 25 minutes 1.46 (README).
+(--seed 1: another text). On two cores of an AMD EPYC the plain command takes 2.3 minutes (Zen 5) to
+4.3 (Zen 3); on Shakespeare, on Zen 5, a minute reaches a loss of 1.55 (chapter 3), 20 minutes 1.46.
 
 Papers: Radford et al. 2018 and 2019 (GPT and GPT-2); Vaswani et al. 2017 (arXiv:1706.03762), the
 Transformer. What has changed since is named where it stands.
