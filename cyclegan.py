@@ -18,7 +18,7 @@ detective sees to it that it looks like a zebra, the way back that it is still t
     python cyclegan.py --translate photos/ --to A          once trained: each picture of a folder
     python cyclegan.py --data horses/,zebras/              your own two piles of photographs
     python cyclegan.py --data horse2zebra --width 24 --cycle-weight 3 --identity-weight 1 \
-        --learning-rate 4e-4 --steps 16000       the paper's photographs (downloaded once), an hour
+        --learning-rate 4e-4 --steps 16000       the paper's photographs (downloaded once)
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --cycle-weight 3 \
         --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/gpu                on a GPU
 
