@@ -114,8 +114,7 @@ def captions(name):
 
 
 def scaled(pictures):
-    """Bytes 0 to 255 -> floats -1 to 1, about the size of the noise. samples come back by x/2+1/2.
-    """
+    """Bytes 0 to 255 -> floats -1 to 1, about the size of the noise; x / 2 + 1 / 2 undoes it."""
     return pictures.float() / 127.5 - 1
 
 
@@ -383,6 +382,7 @@ def train(config):
     run = Run(config, model=model, average=ema, optimizer=optimizer)
     run.agree = highest  # of several processes all stop, or none
     if not run.finished:
+        # Pictures, and what may be said of each kind: six captions, as tokens (kinds, 6, words).
         data, table = prepare(run, model, ema.module)
         for step in run.steps():
             # The next pictures; how far to drown each, in which noise, and what is said of it.
