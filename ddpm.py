@@ -164,10 +164,11 @@ def diffuse(alpha_bar, x0, t, eps):
 #
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
-# sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is noise too
-# faint to be seen. If x_t has less, it passes through; if more, hardly, or black would stay hazy.
-# Colour has little black, and more detail than a small network can repeat: there K = 0.1, not 0.02,
-# gives 7.3 bits a value (chapter 6) in place of 16, and a little grain (CIFAR-10, 700 steps).
+# sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is a noise level
+# too faint to be seen. With less than that x_t passes through; with more hardly any of it does, or
+# its haze would stay on black. Colour has little black, and more detail than a small network can
+# repeat: there K = 0.1, not 0.02, gives 7.3 bits a value (chapter 6) in place of 16, and a little
+# grain (CIFAR-10, 700 steps).
 
 K = {1: 0.02, 3: 0.1}  # by the number of channels
 
@@ -235,7 +236,7 @@ class Residual(nn.Module):
     """x + f(x, e): (B, in, H, W) and (B, E) -> (B, out, H, W). e, time plus prompt, scales and
     shifts the channels between two convolutions (Dhariwal, Nichol 2021, arXiv:2105.05233, section
     3). Ho et al. add it; on MNIST, after 150 s, that left samples further from the real ones (a
-    Frechet distance, README, of 11.2 against 6.7). The last layer starts at zero, and with it f."""
+    Frechet distance of 11.2 against 6.7; README). The last layer starts at zero, and with it f."""
 
     def __init__(self, inside, outside, size):
         super().__init__()
@@ -344,9 +345,9 @@ def objective(model, x0, t, eps, tokens):
     """Squared error of x_0's guess, times 1 + signal / noise, this factor being 5 at most.
 
     Times signal / noise it would be the squared error of the noise: L_simple of Ho et al. (equation
-    14). That asks nothing where the pictures are born, near T, and much where x_t shows it all
-    anyway. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor near T;
-    the limit is from Hang et al. 2023, who limit signal / noise to 5.
+    14). That asks hardly anything near T, where pictures take shape, and much where x_t shows all
+    of x_0 already. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor
+    near T; the limit is from Hang et al. 2023, who limit signal / noise to 5.
     """
     guess = model(diffuse(model.alpha_bar, x0, t, eps), t.to(x0.device), tokens.to(x0.device))
     weight = (1 + signal_to_noise(model.alpha_bar, t)).clamp(max=5).to(x0)
@@ -359,8 +360,8 @@ def schedule(progress):
 
 
 def averaged(model):
-    """The mean of the weights over the last hundreds of steps: it is better than the last weights.
-    While there were few, it is over fewer: it would remember the random beginning otherwise."""
+    """A running mean of the weights, over some hundreds of steps: better than the last weights. At
+    first it is over fewer: it would remember the random beginning otherwise."""
     def follow(averages, weights, count):
         decay = min(0.998, (1 + count) / (10 + count))
         get_ema_multi_avg_fn(decay)(averages, weights, count)
@@ -434,9 +435,8 @@ def step_back(alpha_bar, x0, xt, t, s, eta):
 def guided(model, x, t, tokens, guidance):
     """x_0's guess, away from what it would be without the prompt (Ho, Salimans 2022, equation 6).
 
-    guidance (B,): 0 is without, 1 with the prompt, 2 twice as far; theirs is this less 1. Given x_t
-    the noise is a multiple of x_0 plus a constant, so guidance of either is the same.
-    """
+    guidance (B,): 0 is without, 1 with the prompt, 2 twice as far; the paper's w is guidance - 1.
+    Given x_t the noise is a multiple of x_0 plus a constant, so guidance of either is the same. """
     g, none = guidance[:, None, None, None], torch.zeros_like(tokens)
     if (guidance == 1).all():
         return model(x, t, tokens)
@@ -497,10 +497,11 @@ def load(path, device="cpu"):
 #   L = KL( q(x_T|x_0) || N(0, I) ) - log p(x_0|x_1)
 #       + sum over t > 1 of KL( q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t) )
 #
-# Any p gives a bound; one that owns up to its errors gives a better one. For small t the posterior
-# q(x_{t-1}|x_t,x_0) is far narrower than a network can aim. So p is wider here than in sampling, as
-# if x_0 were known up to ERROR. (On MNIST: 4.8 bits a pixel instead of 6.6. Most goes to noise that
-# nobody sees, in the last ten steps: an image format does better, and samples do not show it.)
+# Any p gives a bound; one wide enough to cover its errors gives a better one. For small t the
+# posterior q(x_{t-1}|x_t,x_0) is far narrower than the errors of the guess. So p is wider here than
+# in sampling, as if x_0 were known up to ERROR. (On MNIST: 4.8 bits a pixel instead of 6.6. Most
+# goes to noise that nobody sees, in the last ten steps: an image format does better, and samples do
+# not show it.)
 
 ERROR = 0.02
 
