@@ -338,22 +338,19 @@ def averaged(model):
 
 
 def train(config):
-    """Train what is left to train, judge, draw, translate, all into ``config.out`` -> the
-    Translators with their averaged weights, in eval mode.
+    """Train what is left, judge, draw, translate, into ``config.out`` -> the averaged Translators.
 
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
     KeyboardInterrupt (it was stopped; the same call goes on).
     """
-    jobs = to_translate(config)
-    device = pick_device(config.device)
+    jobs, device = to_translate(config), pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (
         Translators(config), nn.ModuleDict({side: Discriminator(config) for side in "ab"})))
     average, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
-    past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
+    averages, past_a, past_b = average.module, Buffer(config.buffer), Buffer(config.buffer)
     run = Run(replace(config, translate="", to="B"), model=G, discriminators=D, average=average,
               past_a=past_a, past_b=past_b, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
-    averages = average.module
     if run.finished and jobs:  # the checkpoint is all it takes
         translate_all(run, averages, jobs, config.to)
         run.report()

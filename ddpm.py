@@ -436,7 +436,8 @@ def guided(model, x, t, tokens, guidance):
     """x_0's guess, away from what it would be without the prompt (Ho, Salimans 2022, equation 6).
 
     guidance (B,): 0 is without, 1 with the prompt, 2 twice as far; the paper's w is guidance - 1.
-    Given x_t the noise is a multiple of x_0 plus a constant, so guidance of either is the same. """
+    Given x_t the noise is a multiple of x_0 plus a constant, so guidance of either is the same.
+    """
     g, none = guidance[:, None, None, None], torch.zeros_like(tokens)
     if (guidance == 1).all():
         return model(x, t, tokens)
