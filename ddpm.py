@@ -16,7 +16,7 @@ to pure static, it lets a picture emerge that never was. Words steer it: what th
 the network's opinion is multiplied by the guidance.
 
     python ddpm.py                                         on digits that this script draws itself
-    python ddpm.py --prompt "a bold slanted seven"         once trained: draw this alone
+    python ddpm.py --prompt "a bold slanted seven"         once trained: draw this
     python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
     python ddpm.py --data cifar10 --prompt "a horse"       in colour; or photographs/, of your own
@@ -165,7 +165,7 @@ def diffuse(alpha_bar, x0, t, eps):
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
 # sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is a noise level
-# too faint to be seen. With less than that x_t passes through; with more hardly any of it does, or
+# hardly to be seen. With less than that x_t passes through; with more hardly any of it does, or
 # its haze would stay on black. Colour has little black, and more detail than a small network can
 # repeat: there K = 0.1, not 0.02, gives 7.3 bits a value (chapter 6) in place of 16, and a little
 # grain (CIFAR-10, 700 steps).
@@ -450,8 +450,8 @@ def guided(model, x, t, tokens, guidance):
 
 def denoise(model, prompts, sampling_steps, guidance, eta, seed):
     """Yield x (N, C, H, W): static, then the picture after each step, at last in [-1, 1]."""
-    if not prompts:
-        fail("one prompt at least is needed; the empty one is \"\"")
+    if not prompts or isinstance(prompts, str) or sampling_steps < 1:
+        fail("a list of prompts is needed (the empty one is \"\"), and a step at least")
     noise = None if seed is None else seeded(seed, "sample")
     device, T = model.out.weight.device, model.config.diffusion_steps
     tokens = model.prompt.tokens(prompts).to(device)
@@ -1386,8 +1386,9 @@ def choose_prompts(run, model, count):
 
 
 def draw_samples(run, model):
-    """samples.png: ten prompts side by side; from row to row the guidance rises to --guidance."""
-    config, columns = run.config, min(10, run.config.samples)
+    """samples.png: ten prompts or more side by side; from row to row the guidance rises to --guidance."""
+    config = run.config
+    columns = min(max(10, len(config.prompt)), config.samples)
     rows = math.ceil(config.samples / columns)
     prompts = choose_prompts(run, model, columns) * rows
     guidance = torch.linspace(0, 1, rows)[:, None] if rows > 1 else torch.ones(1, 1)
