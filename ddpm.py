@@ -1386,7 +1386,7 @@ def choose_prompts(run, model, count):
 
 
 def draw_samples(run, model):
-    """samples.png: ten prompts or more side by side; from row to row the guidance rises to --guidance."""
+    """samples.png: ten prompts or more side by side; row by row guidance rises to --guidance."""
     config = run.config
     columns = min(max(10, len(config.prompt)), config.samples)
     rows = math.ceil(config.samples / columns)
