@@ -5,18 +5,18 @@
 # SPDX-License-Identifier: MIT
 r"""The cycle: horses into zebras, and zebras into horses, without one matched pair.
 
-    a horse ---> G_AB ---> as a zebra ---> G_BA ---> the same horse again
+    a horse ---> to_b ---> as a zebra ---> to_a ---> the same horse again
                                |
-                               +--> D_B: a real zebra?        and all of it with A and B swapped
+                               +--> D["b"]: a real zebra?     and all of it with A and B swapped
 
-Nobody has photographs of one horse in both coats. But a pile of horses and a pile of zebras will
-do: a translator from A to B (G.to_b below) has to fool a detective, a network that tells B from
-fakes (gan.py), and a second translator, back to A, has to find the original in the translation. The
+Nobody has photographs of one horse in both coats. But a pile of horses (A) and a pile of zebras (B)
+will do: a translator from A to B has to fool a detective, a network that tells B from fakes
+(gan.py), and a second translator, back to A, has to find the original in the translation. The
 detective sees to it that it looks like a zebra, the way back that it is still this horse.
 
     python cyclegan.py                                     on animals that this script draws itself
-    python cyclegan.py --translate photos/ --to A          once trained: each picture of a folder
-    python cyclegan.py --data horses/,zebras/              your own two piles of photographs
+    python cyclegan.py --data horses/,zebras/ --out out/mine    your own two piles of photographs
+    python cyclegan.py --translate photos/ --to A --out out/mine    once trained: a whole folder
     python cyclegan.py --data horse2zebra --width 24 --cycle-weight 3 --identity-weight 1 \
         --learning-rate 4e-4 --steps 16000       the paper's photographs (downloaded once)
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --cycle-weight 3 \
@@ -43,7 +43,7 @@ from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
-# What is used here and defined nowhere above stands in the plumbing, at the end.
+# What is used and not defined above its use stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -77,25 +77,24 @@ class Config:
     data: str = knob("animals", "animals (drawn here), horse2zebra and the like, a folder or .zip "
                      "with trainA trainB testA testB, or FOLDER_A,FOLDER_B")
     data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "of the run", 0, 2**31)
+    seed: int = knob(0, "of the run (the drawn animals stay the same)", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; out/cyclegan, and the data if unusual")
+    out: str = knob("", "folder of the results; if empty, out/cyclegan or out/cyclegan-DATA")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
         check_config(self)
-        if self.width % 8:
-            fail(f"--width {self.width} must be a multiple of 8")
-        if self.image_size % 4:
-            fail(f"--image-size {self.image_size} must be a multiple of 4")
+        for name, unit in (("width", 8), ("image_size", 4)):
+            if getattr(self, name) % unit:
+                fail(f"{flag(name)} {getattr(self, name)} must be a multiple of {unit}")
 
 
 # ==== 1. Two piles ================================================================================
-# load_piles (at the very end) has them in memory, to train on and to judge on: bytes (N, 3, H, W).
-# N is a number of pictures, H and W their height and width; B is the batch (and a pile's name).
-# The animals are drawn, so of them the truth is known as well: truth["B"] is test A drawn as
-# zebras, truth["A"] test B as horses, each with a mask that says where the animal is. No animal
-# stands in two piles, so training never sees this truth.
+# load_piles (after the plumbing) has them in memory, to train on and to judge on: bytes (N, 3, H,
+# W), N pictures of height H and width W. In shapes, B is the batch. The animals are drawn, so of
+# them the truth is known as well: truth["B"] is test A drawn as zebras, truth["A"] test B as
+# horses, each with a mask that says where the animal is. No animal stands in two piles, so training
+# never sees this truth.
 Piles = namedtuple("Piles", "train_a train_b test_a test_b truth", defaults=(None,))
 
 
@@ -110,8 +109,6 @@ def batch_of(pile, rows, size):
 
 
 # ==== 2. The networks =============================================================================
-
-
 def norm(channels):
     """Eight channels of a picture at a time to mean 0 and variance 1, then a learned scale and
     shift: group norm (Wu and He 2018, arXiv:1803.08494). No picture depends on the others of its
@@ -125,18 +122,15 @@ def conv(inside, outside, kernel, stride=1):
 
 
 class Doubling(nn.Conv2d):
-    """Each pixel repeated to 2x2, then a 3x3 convolution: (B, c, h, w) -> (B, out, 2 h, 2 w).
-
-    Nine taps then meet no more than 2x2 different pixels. So it is computed at the small size, in
-    2.25 times fewer operations: four kernels of 2x2, one for each place in a group of 2x2, with the
-    weights of those taps added up that meet the same pixel. The result is the same, and a step of
-    translators 64 wide takes 2 to 12 % less time (of 16 wide ones, no less).
-    """
+    """Each pixel repeated to 2x2, then a 3x3 convolution: (B, c, h, w) -> (B, out, 2 h, 2 w). Nine
+    taps then meet no more than 2x2 different pixels. So it is computed at the small size, in 2.25
+    times fewer operations: four kernels of 2x2, one for each place in a group of 2x2, with the
+    weights of those taps added up that meet the same pixel. The result is the same; a step of
+    translators 64 wide takes 2 to 12 % less time."""
 
     def forward(self, x):
-        # Along one axis, at two neighbours' common border. t[p, a, i]: does tap i fall on neighbour
-        # a, when the kernel is centred on the last half of the first (p = 0), or on the first half
-        # of the second (p = 1)?
+        # Along one axis pixels 0 and 1 become 0 0 1 1. Taps centred on the second 0 (p = 0) meet 0,
+        # 0, 1; on the first 1 (p = 1), 0, 1, 1. So t[p, a, i] says whether tap i meets pixel a.
         t = torch.tensor([[[1., 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], device=x.device)
         weight = torch.einsum("pai,qbj,ocij->opqcab", t, t, self.weight).flatten(0, 2)
         weight = weight.contiguous(memory_format=torch.channels_last)        # (4 out, c, 2, 2)
@@ -159,19 +153,16 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W divisible by 4.
+    """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W multiples of 4.
 
-    Down by strides of 2 to a quarter of the size, where a convolution sees four times as far;
-    residual blocks there; and up again. The way up repeats each pixel and then convolves: the
-    paper's transposed convolution, of kernel 3 and stride 2, hits some pixels more often than
+    Down to a quarter of the size, where a convolution sees four times as far, residual blocks
+    there, and up again. Three things are not the paper's. Each pixel is repeated and then
+    convolved: a transposed convolution of kernel 3 and stride 2 hits some pixels more often than
     others, which shows as a checkerboard (Odena, Dumoulin, Olah 2016,
-    distill.pub/2016/deconv-checkerboard).
-
-    Two more departures, since most of a picture shall stay as it is. The paper's instance
-    norm takes the mean out of each channel, and with it the colour of the sky; group norm leaves
-    the differences between the channels of a group. And the last convolution sees the picture
-    itself beside the features. (On the drawn animals only the latter makes a difference: README.)
-    """
+    distill.pub/2016/deconv-checkerboard). Group norm leaves the differences between the channels of
+    a group; instance norm takes the mean out of each channel, and with it the colour of the sky.
+    And the last convolution sees the picture itself beside the features. (On the drawn animals only
+    the last makes a difference: README.)"""
 
     def __init__(self, config):
         super().__init__()
@@ -191,15 +182,13 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The detective: pictures (B, 3, H, W) -> a map of verdicts (B, 1, h, w), 1 real, 0 fake.
-
-    Each verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and
-    what the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. For r
+    """The detective: pictures (B, 3, H, W) -> a map of verdicts (B, 1, h, w), 1 real, 0 fake. Each
+    verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and what
+    the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. For r
     pixels out, a convolution of kernel 4 and stride s reads s (r - 1) + 4. With strides 1, 1, 2, 2,
     2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (Of 64x64 a verdict in a corner
     sees half, one in the middle nearly all.) The paper's has instance norms in between; here a
-    penalty on its slopes, below, keeps it in check (README: what the choices gained).
-    """
+    penalty on its slopes, below, keeps it in check (README: what the choices gained)."""
 
     def __init__(self, config):
         super().__init__()
@@ -214,8 +203,6 @@ class Discriminator(nn.Module):
 
 
 # ==== 3. What they want ===========================================================================
-
-
 def verdict_loss(verdicts, wanted):
     """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With logs, as
     in gan.py, a fake that already passes for real teaches hardly anything more, however odd it is;
@@ -261,30 +248,26 @@ class Translators(nn.Module):
 
 
 def translators_turn(G, D, optimizer, a, b, config):
-    """One step of both translators on real pictures a and b, (B, 3, H, W) each -> the two fakes,
+    """One step of both translators on real a and b, (B, 3, H, W) each -> the fakes of A and of B,
     and its figures.
 
     fool      each translation shall please the detective of its new pile
-    cycle     there and back again, each picture shall be what it was. To the detective any zebra
-              would do as the translation of any horse, the same one for all
-    identity  what is a zebra already shall stay as it is, when translated to zebras. Without it
-              little keeps the sky from changing its colour, as long as it changes back
+    cycle     there and back again, each picture shall be what it was: the detective would take the
+              same zebra for every horse
+    identity  a zebra shall stay as it is when translated to zebras. Without it little keeps the sky
+              from changing its colour, as long as it changes back
 
-    A mere copy of the picture pays for neither of the last two. Where nothing but copies comes of
-    photographs, let both count less (README).
-
-    Cycle and identity are L1, absolute differences: where a pixel may be black or white, squares
-    make grey the best guess, their mean, and L1 the likelier of the two, their median. Edges stay
-    sharper.
-    """
+    A mere copy of the picture pays for neither of the last two: where only copies come of
+    photographs, let both count less (README). Both are L1, absolute differences: where a pixel may
+    be black or white, the best guess is then the likelier of the two, their median; squares would
+    make it grey, their mean."""
     D.requires_grad_(False)  # gradients pass through the detectives; their weights get none
     # What to translate, and what to leave alone, in one batch: faster than two.
-    n, kinds = len(a), 2 if config.identity_weight else 1
-    as_b, *same_b = G.to_b(torch.cat([a, b][:kinds])).split(n)
-    as_a, *same_a = G.to_a(torch.cat([b, a][:kinds])).split(n)
+    as_b, same_b = G.to_b(torch.cat([a, b])).chunk(2)
+    as_a, same_a = G.to_a(torch.cat([b, a])).chunk(2)
     fool = verdict_loss(D["b"](as_b), 1) + verdict_loss(D["a"](as_a), 1)
     cycle = F.l1_loss(G.to_a(as_b), a) + F.l1_loss(G.to_b(as_a), b)
-    same = sum(F.l1_loss(made, x) for made, x in zip(same_b + same_a, (b, a), strict=False))
+    same = F.l1_loss(same_b, b) + F.l1_loss(same_a, a)
     loss = fool + config.cycle_weight * cycle + config.identity_weight * same
     optimizer.zero_grad()
     loss.backward()
@@ -318,8 +301,6 @@ def detectives_turn(D, optimizer, real, fakes, r1=0.0):
 
 
 # ==== 4. Training =================================================================================
-
-
 def schedule(progress):
     """Share of the full learning rate: all of it in the first half, then linearly down to 0."""
     return min(1.0, 2 * (1 - progress))
@@ -339,29 +320,28 @@ def averaged(model):
 
 def train(config):
     """Train what is left, judge, draw, translate, into ``config.out`` -> the averaged Translators.
-
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on).
-    """
+    KeyboardInterrupt (it was stopped; the same call goes on)."""
     jobs, device = to_translate(config), pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (
         Translators(config), nn.ModuleDict({side: Discriminator(config) for side in "ab"})))
-    average, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
-    averages, past_a, past_b = average.module, Buffer(config.buffer), Buffer(config.buffer)
-    run = Run(replace(config, translate="", to="B"), model=G, discriminators=D, average=average,
+    ema, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
+    past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
+    # From here on all is as the checkpoint has it, if there is one. It shall not hold --translate.
+    run = Run(replace(config, translate="", to="B"), model=G, discriminators=D, average=ema,
               past_a=past_a, past_b=past_b, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     if run.finished and jobs:  # the checkpoint is all it takes
-        translate_all(run, averages, jobs, config.to)
+        translate_all(run, ema.module, jobs, config.to)
         run.report()
-        return averages.eval()
+        return ema.module.eval()
     piles = load_piles(config, training=not run.finished)
     test = [pile[:max(2, config.samples)].float() / 255 for pile in piles[2:4]]
     if not run.finished:
         run.same_data(piles.train_a, piles.train_b)
     for step in run.steps():
         if step == 0 or run.due(10):
-            run.film(both_ways(averages, test))
+            run.film(both_ways(ema.module, test))
         for optimizer in (optimizer_g, optimizer_d):
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
         rows = run.batch_rows(len(piles.train_a))  # and for each a partner drawn at random
@@ -372,26 +352,22 @@ def train(config):
         fakes = past_a.swap(as_a), past_b.swap(as_b)
         due = 4 * config.r1 if step % 4 == 0 else 0  # in one step of four, fourfold: it is costly
         run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, due))
-        average.update_parameters(G)
+        ema.update_parameters(G)
         if run.due(5):  # now and then, to see how it comes on
-            draw_translations(run, averages, test)
+            draw_translations(run, ema.module, test)
     if not run.finished:
-        draw_training(run, averages, test)
-        run.finish(judge(averages, piles))
-    draw_translations(run, averages, test)
-    translate_all(run, averages, jobs, config.to)
+        draw_training(run, ema.module, test)
+        run.finish(judge(ema.module, piles))
+    draw_translations(run, ema.module, test)
+    translate_all(run, ema.module, jobs, config.to)
     run.report()
-    return averages.eval()
+    return ema.module.eval()
 
 
 # ==== 5. Translating ==============================================================================
-
-
 def translate(model, images, to="B"):
-    """Pictures (B, 3, H, W) in [0, 1], H and W from 5 on -> their translations, likewise.
-
-    Sizes that 4 does not divide are continued at the right and below by reflection, and cut again.
-    """
+    """Pictures (B, 3, H, W) in [0, 1], H and W from 5 on -> their translations, likewise. Sizes
+    that 4 does not divide are continued at the right and below by reflection, and cut again."""
     device, (height, width) = next(model.parameters()).device, images.shape[2:]
     generator = {"A": model.to_a, "B": model.to_b}.get(to) or fail(f"to {to!r}: give A or B")
     with evaluating(model):
@@ -412,17 +388,14 @@ def load(path, device="cpu"):
 
 
 # ==== 6. Judging, on pictures that were not trained on ============================================
-
-
 def judge(model, piles):
     """Mean absolute error of finding the way back, 0 to 255, both ways; for the drawn animals also
     the error against the truth, on the animal and beside it, its PSNR, 10 log10 (255^2 / mean
     squared error), and all that for copying the input."""
     figures = {}
-    for to, x in (("B", piles.test_a), ("A", piles.test_b)):
-        x = x.float()
+    for to, fro, x in (("B", "A", piles.test_a.float()), ("A", "B", piles.test_b.float())):
         made = translate(model, x / 255, to).cpu()
-        back = translate(model, made, "A" if to == "B" else "B").cpu()
+        back = translate(model, made, fro).cpu()
         figures[f"cycle_{to}"] = (back * 255 - x).abs().mean().item()
         if piles.truth:
             truth, mask = piles.truth[to]
@@ -920,8 +893,6 @@ def read_pictures(files, size):
 
 
 # ==== The piles, and pictures that train writes ===================================================
-
-
 PILES = ("trainA", "trainB", "testA", "testB")
 SETS = ("apple2orange", "summer2winter_yosemite", "horse2zebra", "monet2photo", "cezanne2photo",
         "ukiyoe2photo", "vangogh2photo", "maps", "facades", "iphone2dslr_flower")
@@ -932,12 +903,10 @@ def load_piles(config, training=True):
     UserError if there are none."""
     count, size = config.test_images, config.image_size
     if config.data == "animals":
-        train = [draw_animals(500 * training, pile, pile[-1] == "B", size)[0] for pile in PILES[:2]]
-        (a, mask_a), (b, mask_b) = draw_animals(count, "A", False, size), draw_animals(
-            count, "B", True, size)
-        truth = {"B": (draw_animals(count, "A", True, size)[0], mask_a),
-                 "A": (draw_animals(count, "B", False, size)[0], mask_b)}
-        return Piles(*train, a, b, truth)
+        draw = functools.partial(draw_animals, size=size)
+        train = [draw(500 * training, pile, pile == "trainB")[0] for pile in PILES[:2]]
+        test = [draw(count, pile, pile == "B")[0] for pile in "AB"]
+        return Piles(*train, *test, {"B": draw(count, "A", True), "A": draw(count, "B", False)})
     folders = [Path(part) for part in config.data.split(",")]
     if len(folders) > 2:
         fail(f"--data {config.data}: two folders at most")
@@ -947,30 +916,25 @@ def load_piles(config, training=True):
                  for held_out in (False, True) for pile in piles]
     else:
         path = folders[0]
-        if not path.exists():
-            path = download_set(config.data, config.data_dir)
+        if not path.exists():  # one of the sets that the paper's authors publish, downloaded once
+            if config.data not in SETS:
+                fail(f"--data {path}: no such folder or .zip, and none of {', '.join(SETS)}")
+            path = Path(config.data_dir, f"{config.data}.zip")
+            if not path.exists():
+                url = f"https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{path.name}"
+                download([url], path, "zip")
         found = picture_files(path).items()
         files = [[(name, read) for name, read in found if kind in name.split("/")[:-1]]
                  for kind in PILES]
     for kind, pile in zip(PILES, files, strict=True):
         if not pile:
             fail(f"{config.data}: no pictures for {kind}: it takes a folder or .zip with trainA, "
-                 "trainB, testA and testB, or two folders with a comma between them")
+                 "trainB, testA and testB, or FOLDER_A,FOLDER_B with two pictures each at least")
     # Training crops from pictures a little larger, as the authors do. As bytes in memory the 2,401
     # training pictures of horse2zebra take 37 MB for crops of 64x64, 147 MB of 128, 589 MB of 256.
     larger = math.ceil(size * 286 / 256)
     train = [read_pictures(pile, larger)[0] if training else None for pile in files[:2]]
     return Piles(*train, *(read_pictures(pile[:count], size)[0] for pile in files[2:]))
-
-
-def download_set(name, data_dir):
-    """One of the sets that the paper's authors publish -> its .zip, downloaded once."""
-    if name not in SETS:
-        fail(f"--data {name}: no such folder or .zip, and none of {', '.join(SETS)}")
-    path = Path(data_dir, f"{name}.zip")
-    if not path.exists():
-        download([f"https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip"], path, "zip")
-    return path
 
 
 def to_translate(config):
@@ -981,11 +945,9 @@ def to_translate(config):
         fail(f"--translate {config.translate}: no pictures there")
     inputs = {Path(config.translate, name).resolve() for name in files}
     for name, read in files.items():
-        stem, number = Path(name).stem, 1
-        choice = stem
-        while choice.lower() in taken:  # lower case: to some file systems a.png is A.png
-            number += 1
-            choice = f"{stem}-{number}"
+        stem = Path(name).stem
+        choices = (f"{stem}-{k + 1}" if k else stem for k in range(len(files)))
+        choice = next(c for c in choices if c.lower() not in taken)  # a.png may be A.png
         taken.add(choice.lower())
         jobs.append((name, read, Path(config.out, "translated", f"{choice}.png")))
         if jobs[-1][2].resolve() in inputs:
@@ -1018,7 +980,7 @@ def translate_all(run, model, jobs, to):
 
 def draw_animals(count, seed, stripes, size=64):
     """Horses, or the very same animals as zebras -> bytes (N, 3, size, size), and a mask (N, 1,
-    size, size), 0 to 1: where the animal is. Equal seeds give equal animals."""
+    size, size), 0 to 1: where the animal is. Equal seeds and sizes give equal animals."""
     parts = []
     for first in range(0, max(1, count), 20):
         g = seeded(seed, first)
@@ -1062,10 +1024,9 @@ def limb(u, v, start, end, thick, thin):
 
 
 def draw_animal(chance, stripes, picture):
-    """An animal from the side, into each ``picture`` (N, 3, H, W) -> bytes, and the mask.
-
-    It is a set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the
-    body wherever it stands."""
+    """An animal from the side, into each ``picture`` (N, 3, H, W) -> bytes, and the mask. It is a
+    set of limbs in coordinates of its own: u towards the head, v up. So stripes follow the body
+    wherever it stands."""
     size, (x, y) = picture.shape[3], across(picture.shape[3])
     scale, facing, lean = chance(0.66, 0.82, 1), chance(-1, 1, 1).sign(), chance(-0.1, 0.1, 1)
     x, y = (x - chance(-0.08, 0.08, 1)) * facing / scale, (y - chance(-0.12, 0.05, 1)) / scale

@@ -27,15 +27,14 @@ samples, each above the training picture nearest to it), metrics.csv, checkpoint
 command again goes on where it stopped, with the settings of the checkpoint where none are given;
 on a finished model it only samples (--seed 1: other samples).
 
-On two cores of an AMD EPYC the plain command trains for 44 s (Zen 5) to 194 s (Zen 3). Samples of
-MNIST are judged by fid, a distance from its test pictures (README): on Zen 5, 16,000 steps of dcgan
-take 135 s and reach 2.6 to 2.9, 10,000 of stylegan with --latent-dim 64 120 s and 2.9 to 4.1.
+On two cores of an AMD EPYC the plain command trains for 44 s (Zen 5) to 194 s (Zen 3). On MNIST
+16,000 steps of dcgan take 135 s (Zen 5) and reach a fid, a distance from real pictures (README), of
+2.6 to 2.9; 10,000 steps of stylegan with --latent-dim 64 take 120 s and reach 2.9 to 4.1.
 
 Papers: Goodfellow et al. 2014 (arXiv:1406.2661), the duel; Radford, Metz, Chintala 2015
 (arXiv:1511.06434), DCGAN; Karras, Laine, Aila 2018 (arXiv:1812.04948), StyleGAN; Karras et al. 2019
 (arXiv:1912.04958), StyleGAN2; Mescheder, Geiger, Nowozin 2018 (arXiv:1801.04406), the R1 penalty;
-Lopez-Paz, Oquab 2016 (arXiv:1610.06545), the judge. The networks are small, and work on pixels that
-are folded two by two.
+Lopez-Paz, Oquab 2016 (arXiv:1610.06545), the judge. The networks here are small.
 """
 import math
 import sys
@@ -44,7 +43,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# What is used here and defined nowhere above stands in the plumbing, at the end.
+# What is used and not defined above its use stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -67,7 +66,7 @@ class Config:
     image_size: int = knob(0, "28, or a power of two from 16; 0: 28, of colour data 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
-    r1_every: int = knob(8, "steps from one such penalty to the next; it counts for all", 1, 1000)
+    r1_every: int = knob(8, "steps from one penalty to the next; one counts for all", 1, 1000)
     mixing: float = knob(0.5, "share of stylegan's fakes in two styles", 0, 1)
     truncation: float = knob(1.0, "of stylegan: below 1, nearer to the average picture", 0, 2)
     steps: int = knob(4000, "steps in all, each an update of both", 1, 10**8)
@@ -86,20 +85,17 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
-        if self.width % 8:
-            fail(f"--width {self.width} must be a multiple of 8")
-        if self.batch_size % 4:
-            fail(f"--batch-size {self.batch_size} must be a multiple of 4")
-        settle_shape(self, 4)
-        if self.image_size != 28 and (self.image_size & (self.image_size - 1) or
-                                      self.image_size < 16):
+        settle_shape(self, 1)
+        for name, unit in (("width", 8), ("batch_size", 4)):
+            if getattr(self, name) % unit:
+                fail(f"{flag(name)} {getattr(self, name)} must be a multiple of {unit}")
+        if self.image_size not in (28, *(2**k for k in range(4, 11))):
             fail(f"--image-size {self.image_size} must be 28, or a power of two from 16 on")
 
 
 # ==== 1. The pictures =============================================================================
 # load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
-# the channels, height and width of a picture: 1, 28, 28, or by default in colour 3, 32, 32. L is
-# latent_dim.
+# the channels, height and width of a picture: 1, 28, 28, or in colour 3, 32, 32. L is latent_dim.
 
 
 def scaled(pictures):
@@ -109,12 +105,10 @@ def scaled(pictures):
 
 def levels(config):
     """Resolution and channels of each level, coarse to fine: (7, 2 width), (14, width) for 28x28.
-
     The finest level has half of the picture's resolution: each 2x2 pixels become the channels of
     one. Nothing is lost, and no convolution runs at 28x28, where it would cost four times as much.
-    Pictures of 64x64 and 128x128 have four levels and five, and that is all that changes here; more
-    detail asks for more --width and --steps, and for an --r1 that grows with the number of pixels.
-    """
+    Larger pictures have more levels, and that is all that changes here; their detail asks for more
+    --width and --steps, and for an --r1 that grows with the number of pixels."""
     sizes = [config.image_size // 2]
     while sizes[-1] % 2 == 0 and sizes[-1] > 4:
         sizes.append(sizes[-1] // 2)
@@ -128,22 +122,20 @@ def conv(inside, outside):
 
 # ==== 2. The forger of 2015: DCGAN ================================================================
 # Radford, Metz and Chintala found, among many that fail, a pair of networks that trains. What they
-# did, and what stands here (fid: how far samples are from MNIST in the features of a small
-# classifier, less is better; compare within a bracket only; one seed each: README):
+# did, and what stands here instead (what each change brought is in the README):
 #
 # - no pooling: the networks learn how to shrink and to grow pictures. There by convolutions with
-#   stride, here by folding 2x2 pixels into channels and back (fid 14.5; with one such convolution
-#   in the detective 17.3);
-# - batch normalisation in both, but where pixels go in or out: it keeps signals and gradients at
-#   one size from layer to layer, and fakes apart from each other. It makes a picture depend on its
-#   neighbours in the batch, though, and needs other statistics afterwards. Here the forger
-#   normalises each picture by itself (GroupNorm), and the detective not at all: R1, below, tames it
-#   (fid 8.0; theirs, without R1, 10.3; ours without R1, 11.6);
-# - ReLU in the forger, leaky ReLU in the detective: a gradient for the forger passes through all of
-#   the detective, and a plain ReLU would let none pass where it is off;
-# - tanh at the end of the forger. As pixels have bounds, the detective must not tell by them;
-# - z had 100 numbers there, here 16 (fid 11.0; with 64 numbers 14.5);
-# - weights drawn from N(0, 0.02^2) there; here PyTorch's own, of deviation 1/sqrt(3 fan_in).
+#   stride, here by folding 2x2 pixels into channels and back;
+# - batch normalisation keeps signals and gradients at one size from layer to layer, and fakes apart
+#   from each other. But it makes a picture depend on its neighbours in the batch, and needs other
+#   statistics afterwards. Here the forger normalises each picture by itself (GroupNorm), and the
+#   detective not at all: R1, below, tames it;
+# - ReLU in the forger, leaky ReLU in the detective: the forger's gradient passes through all of the
+#   detective, and a plain ReLU would let none pass where it is off;
+# - tanh at the end of the forger: real pixels have bounds, and fakes must not give themselves away
+#   by having none;
+# - z had 100 numbers there, here 16; weights came from N(0, 0.02^2), here they start as PyTorch has
+#   them.
 
 
 class DCGAN(nn.Module):
@@ -151,42 +143,38 @@ class DCGAN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.chance = config, [(config.latent_dim,)]
         (size, width), *finer = levels(config)
+
+        def block(inside, outside):
+            return [nn.GroupNorm(8, inside), nn.ReLU(), conv(inside, outside)]
+
         self.first = nn.Sequential(nn.Linear(config.latent_dim, width * size * size),
                                    nn.Unflatten(1, (width, size, size)))
-        layers = [nn.GroupNorm(8, width), nn.ReLU(), conv(width, width)]
-        for _, narrower in finer:
-            layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, 4 * narrower),
-                       nn.PixelShuffle(2)]                         # twice the height and width
+        layers = block(width, width)
+        for _, narrower in finer:  # PixelShuffle: twice the height and width
+            layers += [*block(width, 4 * narrower), nn.PixelShuffle(2), *block(narrower, narrower)]
             width = narrower
-            layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, width)]
-        layers += [nn.GroupNorm(8, width), nn.ReLU(), conv(width, 4 * config.channels),
-                   nn.PixelShuffle(2)]
-        self.layers = nn.Sequential(*layers)
-
-    def draw(self, n, generator=None):
-        """All that chance decides in n pictures: here z (n, L) alone."""
-        return (torch.randn(n, self.config.latent_dim, generator=generator),)
+        self.layers = nn.Sequential(*layers, *block(width, 4 * config.channels),
+                                    nn.PixelShuffle(2), nn.Tanh())
 
     def forward(self, z, truncation=1.0):
         x = self.first(truncation * z).contiguous(memory_format=torch.channels_last)
-        return self.layers(x).tanh()
+        return self.layers(x)
 
 
 # ==== 3. The forger of 2018: StyleGAN =============================================================
 # In DCGAN z enters once, at the start, and each level has to pass on what the next ones need.
 # StyleGAN turns it over: the picture grows from a learned constant, the same for all; z becomes, by
-# the mapping network, a style w, and w tells every level how strongly each feature shall count.
+# the mapping network, a style w, and w tells every layer how strongly each feature shall count.
 
 
 class StyledConv(nn.Module):
     """A convolution; w scales its input channels: (B, in, H, W), (B, L) -> (B, out, H, W).
-
     StyleGAN2 scales weights, another set for each picture. To scale the activations going in, by s,
     is the same and cheaper (section 2.2 there: conv(s x, W) = conv(x, s W)). Demodulation divides
-    each output channel by the length of its scaled weights, sqrt(sum of (s W)^2): for inputs of
-    unit variance the output has unit variance again (equation 3)."""
+    each output channel by the length of its scaled weights, sqrt(sum of (s W)^2): for independent
+    inputs of unit variance the output has unit variance again (equation 3)."""
 
     def __init__(self, inside, outside, latent_dim):
         super().__init__()
@@ -210,37 +198,27 @@ class StyleGAN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        L, sizes, layers = config.latent_dim, levels(config), []
         self.config = config
-        self.shape = (config.channels, config.image_size, config.image_size)
-        L, self.levels = config.latent_dim, levels(config)
-        layers = []
+        self.chance = [(L,)] + [(1, size, size) for size, _ in sizes for _ in range(2)]
         for _ in range(4):
             layers += [nn.Linear(L, L), nn.LeakyReLU(0.2)]
             nn.init.kaiming_normal_(layers[-2].weight, a=0.2)  # or z would hardly count in w
             nn.init.zeros_(layers[-2].bias)
         self.mapping = nn.Sequential(*layers)
-        self.constant = nn.Parameter(torch.randn(1, self.levels[0][1], *[self.levels[0][0]] * 2))
+        size, before = sizes[0]
+        self.constant = nn.Parameter(torch.randn(1, before, size, size))
         self.convs = nn.ModuleList()  # two a level; the first of each finer one doubles the size
-        before = self.levels[0][1]
-        for i, (_, width) in enumerate(self.levels):
-            self.convs.append(StyledConv(before, width if i == 0 else 4 * width, L))
-            self.convs.append(StyledConv(width, width, L))
+        for i, (_, width) in enumerate(sizes):
+            self.convs += [StyledConv(before, 4 * width if i else width, L),
+                           StyledConv(width, width, L)]
             before = width
         # How loud the noise is in each channel: not at all, at first.
-        self.strength = nn.ParameterList(torch.zeros(width) for _, width in self.levels
-                                         for _ in range(2))
+        self.strength = nn.ParameterList(torch.zeros(c) for _, c in sizes for _ in range(2))
         self.paint = StyledConv(before, 4 * config.channels, L)
 
-    def draw(self, n, generator=None):
-        """All that chance decides in n pictures: z (n, L), and noise for each place of each layer,
-        a tuple of (n, 1, h, w): where a hair lies, not whether there is hair."""
-        z = torch.randn(n, self.config.latent_dim, generator=generator)
-        return z, tuple(torch.randn(n, 1, size, size, generator=generator)
-                        for size, _ in self.levels for _ in range(2))
-
     def styles(self, z):
-        """z (B, L), brought to unit mean square first -> w, one and the same for each layer,
-        (layers, B, L)."""
+        """z (B, L), brought to unit mean square -> w, the same for all layers, (layers, B, L)."""
         w = self.mapping(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
         return w.expand(len(self.convs) + 1, *w.shape)
 
@@ -260,7 +238,7 @@ class StyleGAN(nn.Module):
             x = F.leaky_relu(x + self.strength[i][:, None, None] * noise[i], 0.2) * math.sqrt(2)
         return F.pixel_shuffle(self.paint(x, styles[-1], demodulate=False), 2).tanh()
 
-    def forward(self, z, noise, truncation=1.0):
+    def forward(self, z, *noise, truncation=1.0):
         styles = self.styles(z)
         if truncation != 1:  # towards the mean: likelier pictures, fewer kinds of them
             styles = self.mean_style().lerp(styles, truncation)
@@ -270,17 +248,19 @@ class StyleGAN(nn.Module):
 FORGERS = {"dcgan": DCGAN, "stylegan": StyleGAN}
 
 
+def draw(model, n, generator=None):
+    """All that chance decides in n pictures: z (n, L), and for stylegan noise (n, 1, h, w) in each
+    layer (where a hair lies, not whether there is hair), in one list, on the model's device."""
+    device = next(model.parameters()).device
+    return [torch.randn(n, *shape, generator=generator).to(device) for shape in model.chance]
+
+
 # ==== 4. The detective ============================================================================
-
-
 class Discriminator(nn.Module):
-    """Pictures (B, C, H, W) -> logits (B,): above 0 it says real, below fake.
-
-    Of the batch, too, it hears one thing, how much its pictures differ (Karras et al. 2017,
-    arXiv:1710.10196, section 3): a forger who paints one picture again and again gives himself
-    away. In groups of four, neighbours in the batch (of one, and no use, if four does not divide
-    it).
-    """
+    """Pictures (B, C, H, W) -> logits (B,): above 0 it says real, below fake. It is also told how
+    much pictures differ in each group of four of the batch (Karras et al. 2017, arXiv:1710.10196,
+    section 3): a forger who paints one picture again and again gives himself away. If four does not
+    divide the batch, it is told nothing."""
 
     def __init__(self, config):
         super().__init__()
@@ -290,9 +270,8 @@ class Discriminator(nn.Module):
                        conv(width, width), nn.LeakyReLU(0.2)]            # half the height and width
             before = width
         self.body = nn.Sequential(*layers)
-        size = levels(config)[0][0]
         self.head = nn.Sequential(conv(before + 1, before), nn.LeakyReLU(0.2), nn.Flatten(),
-                                  nn.Linear(before * size * size, 1))
+                                  nn.Linear(before * levels(config)[0][0]**2, 1))
 
     def forward(self, x):
         x = self.body(x.contiguous(memory_format=torch.channels_last))             # (B, c, h, w)
@@ -322,10 +301,8 @@ def forger_loss(fake):
 
 
 def r1_penalty(discriminator, real):
-    """Mean over real pictures of the squared gradient of the logit by the pixels, halved
-    (Mescheder et al. 2018, equation 9). Without it D keeps pushing where fakes are right already.
-    (Through the spread of its group a picture moves its neighbours' logits, too; that is in the
-    sum.)"""
+    """Mean over real pictures of the squared gradient of the summed logits by the pixels, halved
+    (Mescheder et al. 2018, equation 9). Without it D pushes on even where fakes are right."""
     real = real.detach().requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return 0.5 * slope.square().sum((1, 2, 3)).mean()
@@ -358,26 +335,22 @@ def forger_turn(discriminator, optimizer, fake):
 def forge(generator, n, mixing=0.0):
     """n fresh fakes; of stylegan's, a share ``mixing`` has one style up to a layer drawn at random
     and another from there on, so that layers learn not to rely on each other's styles (Karras et
-    al. 2018, section 3.1; in one trial fid was lower by 1.5, but seeds differ by as much)."""
-    device = model_device(generator)
+    al. 2018, section 3.1)."""
+    z, *noise = draw(generator, n)
     if generator.config.generator == "dcgan":
-        return generator(generator.draw(n)[0].to(device))
-    (z, noise), (other, _) = generator.draw(n), generator.draw(n)
-    a, b = generator.styles(z.to(device)), generator.styles(other.to(device))
+        return generator(z)
+    a, b = generator.styles(z), generator.styles(draw(generator, n)[0])
     layer = torch.arange(len(a))[:, None]                                         # (layers, 1)
     # Where the second style begins, (n,); for the rest past the last layer: they have one style.
     cut = torch.randint(1, len(a), (n,)) + len(a) * (torch.rand(n) >= mixing)
-    styles = torch.where((layer < cut)[:, :, None].to(device), a, b)
-    return generator.render(styles, [x.to(device) for x in noise])
+    return generator.render(torch.where((layer < cut)[:, :, None].to(z.device), a, b), noise)
 
 
 # ==== 6. Training =================================================================================
-
-
 def schedule(progress):
     """Share of the full learning rate at ``progress`` 0 to 1: all of it for three tenths of the
     way, then half a cosine down to 0. At the full rate to the end, the duel of dcgan goes astray:
-    after 4,000 steps fid 7.1, after 16,000 13; with this, after 10,000, 3.3."""
+    on MNIST its fid is 7.1 after 4,000 steps, and 13 after 16,000."""
     return 0.5 + 0.5 * math.cos(math.pi * max(0.0, (progress - 0.3) / 0.7))
 
 
@@ -403,12 +376,9 @@ def averaged(model):
 
 
 def train(config):
-    """Train what is left to train, judge, draw, all into ``config.out`` -> the forger with its
-    averaged weights, in eval mode.
-
+    """Train what is left, judge, draw, into ``config.out`` -> the averaged forger, in eval mode.
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on).
-    """
+    KeyboardInterrupt (it was stopped; the same call goes on)."""
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     G = FORGERS[config.generator](config).to(device, memory_format=torch.channels_last)
@@ -448,28 +418,16 @@ def train(config):
 
 
 # ==== 7. Sampling =================================================================================
-
-
 def sample(model, n, truncation=1.0, seed=None):
-    """n new pictures -> floats (n, C, H, W) in [0, 1].
-
-    truncation multiplies stylegan's w, seen from its mean: below 1 it keeps to what it paints best
-    (Karras et al. 2018, appendix B). It multiplies dcgan's z; the next norm all but undoes that.
-    The same seed gives the same pictures; None draws from torch's global generator.
-    """
-    noise, device = None if seed is None else seeded(seed, "sample"), model_device(model)
-    drawn = model.draw(n, noise)
+    """n new pictures -> floats (n, C, H, W) in [0, 1]. truncation multiplies stylegan's w, seen
+    from its mean: below 1 it keeps to what it paints best (Karras et al. 2018, appendix B). It
+    multiplies dcgan's z, to little effect: a norm comes next. The same seed gives the same
+    pictures; None draws from torch's global generator."""
+    drawn = draw(model, n, None if seed is None else seeded(seed, "sample"))
     with evaluating(model):
-        parts = []
-        for rows in torch.arange(n).split(250):
-            z, *more = ([x[rows].to(device) for x in part] if isinstance(part, tuple)
-                        else part[rows].to(device) for part in drawn)
-            parts.append(model(z, *more, truncation=truncation))
+        parts = [model(*part, truncation=truncation)
+                 for part in zip(*(x.split(250) for x in drawn), strict=True)]
     return torch.cat(parts) / 2 + 0.5
-
-
-def model_device(model):
-    return next(model.parameters()).device
 
 
 def load(path, device="cpu"):
@@ -483,20 +441,16 @@ def load(path, device="cpu"):
 
 
 # ==== 8. Judging, on pictures that neither has seen ===============================================
-
-
 def duel_score(model, D, test):
     """How often the detective is right, on held-out real pictures and on fakes: one half
     on each is the forger's victory. And how varied the fakes are: a collapse to a few is named."""
-    device = model_device(model)
-    test = test[:len(test) // 4 * 4]  # whole groups, as in training
-    pictures = sample(model, len(test), seed="duel") * 2 - 1
+    pictures = sample(model, len(test) // 4 * 4, seed="duel") * 2 - 1  # whole groups of four
+    test = scaled(test[:len(pictures)].to(pictures.device))
     with evaluating(D):
-        real, fake = (torch.cat([D(some.to(device)) for some in x.split(200)])
-                      for x in (scaled(test), pictures))
+        real, fake = (torch.cat([D(some) for some in x.split(200)]) for x in (test, pictures))
     figures = {"right_on_real": (real > 0).float().mean().item(),
                "right_on_fake": (fake < 0).float().mean().item(),
-               "variety": variety(pictures, scaled(test.to(device)))}
+               "variety": variety(pictures, test)}
     if figures["variety"] < 0.5:
         print(f"\n{NAME}.py: samples repeat each other (variety {figures['variety']:.2f}, real "
               "pictures 1): mode collapse, unless it has hardly begun to learn; try a larger --r1",
@@ -505,49 +459,43 @@ def duel_score(model, D, test):
 
 
 def variety(pictures, like):
-    """How far fakes are from each other: the median distance of a picture to its nearest among the
-    rest, over the same of as many real ones. Near 1 is well; towards 0 the forger has collapsed to
-    a few pictures."""
-    def nearest(x):
-        x = x.flatten(1)
-        distance = torch.cdist(x, x) + 1e9 * torch.eye(len(x), device=x.device)
-        return distance.amin(1).median()
-    n = min(len(pictures), len(like))
-    return (nearest(pictures[:n]) / nearest(like[:n]).clamp(min=1e-6)).item()
+    """The median distance of a picture to its nearest among the rest (the second nearest, after
+    itself), over the same of real ones. Near 1 is well; towards 0 is collapse to a few pictures."""
+    nearest, usual = (torch.cdist(x, x).topk(2, largest=False).values[:, 1].median()
+                      for x in (pictures.flatten(1), like.flatten(1)))
+    return (nearest / usual.clamp(min=1e-6)).item()
 
 
-def two_sample_accuracy(a, b, steps=300, seed=0):
+def two_sample_accuracy(a, b, steps=300):
     """A judge who was not there: a fresh small network learns to tell pictures a from b, (N, C, H,
     W) in [-1, 1] each, on one half of them -> its share of right answers on the other half. One
-    half: they look alike; 1: easily told apart (Lopez-Paz and Oquab 2016). It is at home on a CPU:
-    not every other device can pool 7x7 into 4x4."""
-    a, b = a.cpu(), b.cpu()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_of(seed, "two samples"))
+    half: they look alike; 1: easily told apart (Lopez-Paz and Oquab 2016). On the CPU, since not
+    every other device can pool 7x7 into 4x4."""
+    a, b, half = a.cpu(), b.cpu(), len(a) // 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(0, "two samples"))
         net = nn.Sequential(
             nn.PixelUnshuffle(2), conv(4 * a.shape[1], 32), nn.LeakyReLU(0.2),
             nn.PixelUnshuffle(2), conv(128, 64), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
             nn.Flatten(), nn.Linear(1024, 1)).to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-        half = min(len(a), len(b)) // 2
         for _ in range(steps):
             i, j = torch.randint(half, (2, 32))
-            loss = detective_loss(net(a[i])[:, 0], net(b[j])[:, 0])
+            loss = detective_loss(net(a[i]), net(b[j]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        right = [torch.cat([sign * net(some)[:, 0] > 0 for some in x[half:2 * half].split(250)])
-                 for x, sign in ((a, 1), (b, -1))]
+        right = [sign * net(some) > 0 for x, sign in ((a[half:], 1), (b[half:], -1))
+                 for some in x.split(250)]
     return torch.cat(right).float().mean().item()
 
 
 def judge(model, D, test):
     """The figures for the end, on the first ``test_images`` held-out pictures."""
     test = test[:model.config.test_images]
-    real = scaled(test.to(model_device(model)))
-    fake = sample(model, len(real), seed="judge") * 2 - 1
-    two = two_sample_accuracy(real, fake, min(300, len(real)))  # few would be learnt by heart
+    fake = sample(model, len(test), seed="judge") * 2 - 1
+    two = two_sample_accuracy(scaled(test), fake, min(300, len(test)))  # few are learnt by heart
     figures = duel_score(model, D, test) | {"two_samples": two}
     return {f"test_{name}": value for name, value in figures.items()}
 
@@ -1097,11 +1045,9 @@ def settle_shape(config, multiple):
 
 def draw_digits(count, seed):
     """Handwriting: bytes (count, 1, 28, 28), and labels digit + 10 * bold + 20 * slanted, (count,).
-
     A stroke is a smooth curve through jittered points, its ink a sum of Gaussian blobs along it. A
     blob is separable, so the sum is a matrix product: (28, places) @ (places, 28). Clamping makes
-    it a stroke with soft edges.
-    """
+    it a stroke with soft edges."""
     g = seeded("digits", seed)
     digit, bold, slanted = (torch.randint(n, (count,), generator=g) for n in (10, 2, 2))
     jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
@@ -1199,11 +1145,10 @@ def read_cifar10(data_dir):
 
 
 def read_photographs(path, size):
-    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square.
-
-    The innermost folder names what a picture shows; where there is none, it is a "picture". Folders
-    train and test say what is what; if one is missing, every tenth picture, by name, is held out.
-    """
+    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square. The
+    innermost folder names what a picture shows; where there is none, it is a "picture". Folders
+    train and test say what is what; if one is missing, every tenth picture, by name, is held
+    out."""
     files, labels, splits = picture_files(path), [], []
     for name in files:
         *folders, _ = name.lower().split("/")
@@ -1265,11 +1210,8 @@ def load_images(name, data_dir, size=28, channels=1):
 
 
 # ==== Pictures that train writes ==================================================================
-
-
 def draw_samples(run, model):
-    config = run.config
-    images = sample(model, config.samples, config.truncation, config.seed)
+    images = sample(model, run.config.samples, run.config.truncation, run.config.seed)
     run.write("samples.png", png(grid(images, 10)))
 
 
@@ -1283,32 +1225,27 @@ def draw_training(run, model):
 def draw_strips(run, model, columns=10, rows=4):
     """interpolation.png: from z to z, along an arc of about their length; for stylegan, too,
     mixing.png (coarse styles of the left column, fine ones of the top row) and truncation.png."""
-    config, device = run.config, model_device(model)
-    z, *noise = model.draw(2 * rows, seeded(config.seed, "strips"))
-    noise = [[x[:1].to(device) for x in part] for part in noise]
-    way = torch.linspace(0, math.pi / 2, columns, device=device)[:, None]
+    z, *noise = draw(model, 2 * rows, seeded(run.config.seed, "strips"))
+    noise = [x[:1] for x in noise]  # the same for all
+    way = torch.linspace(0, 1, columns, device=z.device)[:, None]
+    turn = 0.5 * math.pi * way
+
+    def write(name, pictures, columns):
+        run.write(name, png(grid(pictures / 2 + 0.5, columns)))
+
     with evaluating(model):
-        arc = torch.cat([way.cos() * a + way.sin() * b for a, b in z.to(device).split(2)])
-        more = [[x.expand(len(arc), -1, -1, -1) for x in part] for part in noise]
-        run.write("interpolation.png", png(grid(model(arc, *more) / 2 + 0.5, columns)))
-        if config.generator == "dcgan":
+        arcs = [turn.cos() * a + turn.sin() * b for a, b in z.split(2)]
+        write("interpolation.png", model(torch.cat(arcs), *noise), columns)
+        if run.config.generator == "dcgan":
             return
-        w = model.styles(z.to(device))                                         # (layers, 2 rows, L)
-        half, empty = len(w) // 2, -torch.ones(1, *model.shape, device=device)
-        noise = noise[0]
-
-        def render(styles):
-            return model.render(styles, [x.expand(styles.shape[1], -1, -1, -1) for x in noise])
-
-        coarse, fine = w[:half, :rows], w[half:, rows:]
-        sheet = [empty, render(w[:, rows:])]
-        for i in range(rows):
-            mixed = torch.cat([coarse[:, i:i + 1].expand(-1, rows, -1), fine])
-            sheet += [render(w[:, i:i + 1]), render(mixed)]
-        run.write("mixing.png", png(grid(torch.cat(sheet) / 2 + 0.5, rows + 1)))
-        psi, mean = torch.linspace(0, 1, columns, device=device)[:, None], model.mean_style()
-        rows_of = [render(mean.lerp(w[:, i:i + 1], psi)) for i in range(rows)]
-        run.write("truncation.png", png(grid(torch.cat(rows_of) / 2 + 0.5, columns)))
+        left, top = model.styles(z).split(rows, 1)                       # (layers, rows, L) each
+        fine, sheet = torch.arange(len(left), device=z.device) >= len(left) // 2, [top]
+        for w in left.split(1, 1):
+            sheet += [w, torch.where(fine[:, None, None], top, w)]
+        pictures = model.render(torch.cat(sheet, 1), noise)
+        write("mixing.png", torch.cat([-torch.ones_like(pictures[:1]), pictures]), rows + 1)
+        tamed = [model.mean_style().lerp(w, way) for w in left.split(1, 1)]
+        write("truncation.png", model.render(torch.cat(tamed, 1), noise), columns)
 
 
 def draw_neighbours(run, model, train, columns=10):
@@ -1325,7 +1262,7 @@ def draw_neighbours(run, model, train, columns=10):
 def export(run, model):
     """--export N: export/000000.png and so on, for the FID tools that people use."""
     config, folder = run.config, Path(run.config.out, "export")
-    for first in range(0, config.export, 1000):  # not all at once in memory
+    for first in tqdm(range(0, config.export, 1000), "export", disable=not config.export):
         n, seed = min(1000, config.export - first), (config.seed, first)
         for i, image in enumerate(sample(model, n, config.truncation, seed).cpu()):
             picture = (image * 255).round().byte().permute(1, 2, 0)

@@ -1948,9 +1948,9 @@ def test_forgers_paint_any_size_alone_and_in_a_batch(kind, size):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     three = gan.sample(model.train(), 3, seed=1)
     assert model.training and three.shape == (3, 1, size, size)
-    z, *noise = model.eval().draw(3, gan.seeded(1, "sample"))
+    drawn = gan.draw(model.eval(), 3, gan.seeded(1, "sample"))
     with torch.no_grad():
-        alone = model(z[:1], *[[x[:1] for x in part] for part in noise]) / 2 + 0.5
+        alone = model(*[x[:1] for x in drawn]) / 2 + 0.5
     torch.testing.assert_close(three[:1], alone, atol=1e-4, rtol=0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     logits = gan.Discriminator(model.config)(three * 2 - 1)
@@ -1980,17 +1980,17 @@ def test_the_detective_hears_how_much_pictures_differ():
 def test_styles():
     """psi 0 is one picture for all z; a z mixed with itself is what it was; noise starts at 0."""
     model = tiny_gan("stylegan")
-    z, noise = model.draw(4, gan.seeded(0))
+    z, *noise = gan.draw(model, 4, gan.seeded(0))
     noise = [x[:1].expand(4, -1, -1, -1) for x in noise]
     with torch.no_grad():
-        same = model(z, noise, truncation=0)
+        same = model(z, *noise, truncation=0)
         torch.testing.assert_close(same, same[:1].expand_as(same), atol=1e-5, rtol=0)
-        w, full = model.styles(z), model(z, noise)
+        w, full = model.styles(z), model(z, *noise)
         assert (full - same).abs().max() > 1e-3
         torch.testing.assert_close(model.render(torch.cat([w[:2], w[2:]]), noise), full)
-        torch.testing.assert_close(model(z, [0 * x for x in noise]), full)
+        torch.testing.assert_close(model(z, *[0 * x for x in noise]), full)
         model.strength[1].fill_(1)
-        assert (model(z, [0 * x for x in noise]) - model(z, noise)).abs().max() > 1e-3
+        assert (model(z, *[0 * x for x in noise]) - model(z, *noise)).abs().max() > 1e-3
 
 
 def test_collapse_and_two_samples_are_noticed():
