@@ -8,7 +8,7 @@
     picture x_0 --> x_1 --> x_2 --> ... --> x_T static      q: each step adds noise; no network
     picture x_0 <-- x_1 <-- x_2 <-- ... <-- x_T static      p: each step goes a little of the way
                                                                to what a U-Net guesses x_0 to be
-    "a thin upright three" --> one vector --> into every block of the U-Net
+    "a thin upright three" --> one vector --> into every residual block of the U-Net
 
 To make a picture in one stroke is hard. To make a noisy picture a little less noisy is a humble
 skill, and any picture, noised, is a lesson in it with the answer attached. Applied again and again
@@ -19,7 +19,7 @@ the network's opinion is multiplied by the guidance.
     python ddpm.py --prompt "a bold slanted seven"         once trained: draw this
     python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
-    python ddpm.py --data cifar10 --prompt "a horse"       in colour; or photographs/, of your own
+    python ddpm.py --data cifar10 --prompt "a horse"       in colour; --data FOLDER: photographs
     python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/gpu    on a GPU
     torchrun --nproc-per-node=N ddpm.py ...                the same on N of them
 
@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# What is used here and defined nowhere above stands in the plumbing, at the end.
+# What is used and not defined above its use stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -64,7 +64,7 @@ class Config:
     diffusion_steps: int = knob(1000, "T, steps from a picture to static", 2, 10**5)
     width: int = knob(32, "channels at half the size, thrice at a quarter; multiple of 8", 8, 1024)
     blocks: int = knob(2, "residual blocks at a quarter, attention after each", 1, 100)
-    image_size: int = knob(0, "height and width, in fours; 0: 28, of colour data 32", 0, 1024)
+    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, of colour 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     vocab_size: int = knob(256, "words that captions may use, and one more", 2, 2**16)
     drop_caption: float = knob(0.1, "share of pictures shown without caption, for guidance", 0, 1)
@@ -73,9 +73,9 @@ class Config:
     steps: int = knob(2000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(32, "pictures a step, over all processes", 1, 2**16)
     learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
-    prompt: tuple = knob((), "what to draw; may be given several times; if never, a bit of all")
+    prompt: tuple = knob((), "what to draw; may be given several times; if never, some kinds")
     guidance: float = knob(2.0, "0: no prompt, 1: as trained, more: closer to the prompt", 0, 100)
-    sampling_steps: int = knob(25, "steps from static to picture", 1, 10**5)
+    sampling_steps: int = knob(25, "steps from static to picture; T at most", 1, 10**5)
     eta: float = knob(0.0, "share of fresh noise in them: 0 DDIM, 1 DDPM", 0, 1)
     test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
@@ -92,9 +92,6 @@ class Config:
         if self.width % 8:
             fail(f"--width {self.width} must be a multiple of 8")
         settle_shape(self, 4)
-        if self.sampling_steps > self.diffusion_steps:
-            fail(f"--sampling-steps {self.sampling_steps} are more than --diffusion-steps "
-                 f"{self.diffusion_steps}")
 
 
 # ==== 1. Pictures and what is said of them ========================================================
@@ -104,17 +101,17 @@ class Config:
 
 
 def captions(name):
-    """What may be said of a picture. Of a drawn digit all of it, or (half of the time) less."""
-    parts = re.fullmatch(r"(thin|bold) (upright|slanted) (\w+)", name)
-    if not parts:
-        return [caption(name)]
-    weight, slant, digit = parts.groups()
-    shorter = [f"{weight} {digit}", f"{slant} {digit}", digit]
-    return [caption(name)] * 3 + [caption(n) for n in shorter]
+    """Six things that may be said of a picture: "an ankle boot" six times; of a drawn digit all of
+    it three times, and three times less. (The article goes by sound: "a one", "a unicorn".)"""
+    said = [name] * 6
+    if parts := re.fullmatch(r"(thin|bold) (upright|slanted) (\w+)", name):
+        weight, slant, digit = parts.groups()
+        said[3:] = f"{weight} {digit}", f"{slant} {digit}", digit
+    return [("an " if re.match("(?!one|uni|eu|use)[aeiou]", n) else "a ") + n for n in said]
 
 
 def scaled(pictures):
-    """Bytes 0 to 255 -> floats -1 to 1, about the size of the noise; x / 2 + 1 / 2 undoes it."""
+    """Bytes 0 to 255 -> floats -1 to 1, about the size of the noise."""
     return pictures.float() / 127.5 - 1
 
 
@@ -134,10 +131,8 @@ def scaled(pictures):
 
 def cosine_schedule(steps):
     """alpha_bar_0 = 1, ..., alpha_bar_T near 0: (T + 1,), float64 (Nichol, Dhariwal, equation 17).
-
     It falls slowly at both ends, evenly between; with the linear beta of Ho et al. much of the
-    chain is near static. The clamp keeps alpha_bar_T, by which we divide, above 0.
-    """
+    chain is near static. The clamp keeps alpha_bar_T, by which we divide, above 0."""
     at = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((at + 0.008) / 1.008 * math.pi / 2)**2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -157,19 +152,18 @@ def diffuse(alpha_bar, x0, t, eps):
 
 
 # What should the network predict? Ho et al. ask it for the noise, we for the picture; given x_t,
-# each follows from the other. Near T the noise is an easy answer of little use: a small error in it
-# is a large one in the picture. For small t, on the other hand, x_t shows more of the picture than
-# a network could repeat. So the guess begins with x_t, and with less of it the more noise there is
-# (k as in Karras et al. 2022, table 1; there K is the data's deviation):
+# each follows from the other. Near T a small error in the noise is a large one in the picture. For
+# small t, on the other hand, x_t shows more of the picture than a network could repeat. So the
+# guess begins with x_t, and with less of it the more noise there is (k as in Karras et al. 2022,
+# table 1; there K is the data's deviation):
 #
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
-# sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is a noise level
-# hardly to be seen. With less than that x_t passes through; with more hardly any of it does, or
-# its haze would stay on black. Colour has little black, and more detail than a small network can
-# repeat: there K = 0.1, not 0.02, gives 7.3 bits a value (chapter 6) in place of 16, and a little
-# grain (CIFAR-10, 700 steps).
-
+# sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is a level of
+# noise that can hardly be seen: below it x_t passes through, well above it hardly any of x_t does,
+# or haze would stay on black. Colour has little black, and more detail than a small network can
+# repeat: K = 0.1 there gives 7.3 bits a value (chapter 6) and a little grain, 0.02 gives 16
+# (CIFAR-10, 700 steps).
 K = {1: 0.02, 3: 0.1}  # by the number of channels
 
 
@@ -179,14 +173,10 @@ def signal_to_noise(alpha_bar, t):
 
 
 # ==== 3. The prompt, and the network that hears it ================================================
-
-
 class PromptEncoder(nn.Module):
-    """Prompts -> vectors (B, E): word and place of each word through an MLP, then their sum.
-
-    The MLP comes before the sum, or order would be lost. Places are counted from the end: the noun
-    is 0 in "a seven" and "a bold seven" alike. The sum of no words, the empty prompt, is 0.
-    """
+    """Prompts -> vectors (B, E): word and place of each word through an MLP, then their sum. The
+    MLP comes before the sum, or order would be lost. Places are counted from the end: the noun is 0
+    in "a seven" and "a bold seven" alike. The sum of no words, the empty prompt, is 0."""
     places = 8  # words further ahead share the last
 
     def __init__(self, vocab_size, size):
@@ -235,8 +225,8 @@ def time_embedding(t, size, period=10000):
 class Residual(nn.Module):
     """x + f(x, e): (B, in, H, W) and (B, E) -> (B, out, H, W). e, time plus prompt, scales and
     shifts the channels between two convolutions (Dhariwal, Nichol 2021, arXiv:2105.05233, section
-    3). Ho et al. add it; on MNIST, after 150 s, that left samples further from the real ones (a
-    Frechet distance of 11.2 against 6.7; README). The last layer starts at zero, and with it f."""
+    3). Ho et al. add it, which did worse here (README). The last layer starts at zero, and with it
+    f. Where the channels change, a 1x1 convolution brings x to them."""
 
     def __init__(self, inside, outside, size):
         super().__init__()
@@ -269,8 +259,7 @@ class Attention(nn.Module):
         h = self.norm(x).flatten(2).mT                                           # (B, H W, C)
         q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)   # (B, H W, C)
-        h = self.out(h).mT.unflatten(2, x.shape[2:])
-        return x + h.contiguous(memory_format=torch.channels_last)
+        return x + self.out(h).mT.unflatten(2, x.shape[2:])
 
 
 class UNet(nn.Module):
@@ -284,8 +273,7 @@ class UNet(nn.Module):
     28x28, where it would cost four times what it costs at 14x14: 64 MFLOP a picture in all. For
     64x64 or 128x128 fold 4x4 or 8x8 at first, and unfold so at last: the 2 in fold1 and unfold1
     becomes 4 or 8, and 4 C channels become 16 C or 64 C. The rest stays, and costs what it costs at
-    32x32.
-    """
+    32x32."""
 
     def __init__(self, config):
         super().__init__()
@@ -325,14 +313,10 @@ class UNet(nn.Module):
 
 
 # ==== 4. Objective and training ===================================================================
-
-
 def draw_batch(model, labels, table):
-    """All that chance decides in a step: t (B,), eps (B, C, H, W), tokens (B, words).
-
-    t is spread evenly over 1 ... T, one in each of B equal parts (much as in Kingma et al. 2021,
-    arXiv:2107.00630, appendix I.1): batches then differ less in how hard they are.
-    """
+    """What chance decides beside the pictures: t (B,), eps (B, C, H, W), tokens (B, words). t is
+    spread evenly over 1 ... T, one in each of B equal parts (much as in Kingma et al. 2021,
+    arXiv:2107.00630, appendix I.1): batches then differ less in how hard they are."""
     B, T = len(labels), model.config.diffusion_steps
     t = 1 + ((torch.randperm(B) + torch.rand(B)) / B * T).long().clamp(max=T - 1)
     eps = torch.randn(B, *model.shape)
@@ -342,13 +326,11 @@ def draw_batch(model, labels, table):
 
 
 def objective(model, x0, t, eps, tokens):
-    """Squared error of x_0's guess, times 1 + signal / noise, this factor being 5 at most.
-
-    Times signal / noise it would be the squared error of the noise: L_simple of Ho et al. (equation
-    14). That asks hardly anything near T, where pictures take shape, and much where x_t shows all
-    of x_0 already. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor
-    near T; the limit is from Hang et al. 2023, who limit signal / noise to 5.
-    """
+    """Squared error of x_0's guess, times 1 + signal / noise, this factor being 5 at most. Times
+    signal / noise it would be the squared error of the noise: L_simple of Ho et al. (equation 14).
+    That asks hardly anything near T, where pictures take shape, and much where x_t shows all of x_0
+    already. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor near T;
+    the limit is from Hang et al. 2023, who limit signal / noise to 5."""
     guess = model(diffuse(model.alpha_bar, x0, t, eps), t.to(x0.device), tokens.to(x0.device))
     weight = (1 + signal_to_noise(model.alpha_bar, t)).clamp(max=5).to(x0)
     return (weight * (guess - x0).square().mean((1, 2, 3))).mean()
@@ -370,11 +352,9 @@ def averaged(model):
 
 def train(config):
     """Train what is left to train, judge, draw, all into ``config.out`` -> the UNet with its
-    averaged weights, in eval mode.
-
-    Raises UserError (wrong data, setting, prompt, checkpoint or folder), FloatingPointError (it
-    diverged), KeyboardInterrupt (it was stopped; the same call goes on).
-    """
+    averaged weights, in eval mode. Raises UserError (wrong data, setting, prompt, checkpoint or
+    folder), FloatingPointError (it diverged), KeyboardInterrupt (it was stopped; the same call goes
+    on)."""
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     model = UNet(config).to(device, memory_format=torch.channels_last)
@@ -383,7 +363,6 @@ def train(config):
     run = Run(config, model=model, average=ema, optimizer=optimizer)
     run.agree = highest  # of several processes all stop, or none
     if not run.finished:
-        # Pictures, and what may be said of each kind: six captions, as tokens (kinds, 6, words).
         data, table = prepare(run, model, ema.module)
         for step in run.steps():
             # The next pictures; how far to drown each, in which noise, and what is said of it.
@@ -420,12 +399,10 @@ def train(config):
 
 
 def step_back(alpha_bar, x0, xt, t, s, eta):
-    """Mean (B, C, H, W) and standard deviation of x_s, given x_t and x_0, s < t two numbers.
-
-    Song et al. 2020, equations 12 and 16. With eta 1 it is Bayes' posterior q(x_s | x_t, x_0), and
-    from t to t - 1 the step of Ho et al. (equation 7); with eta 0 there is no chance in it, and it
-    can jump far. At s = 0 it is x_0 itself: no noise at the last step.
-    """
+    """Mean (B, C, H, W) and standard deviation of x_s, given x_t and x_0, s < t two numbers. Song
+    et al. 2020, equations 12 and 16. With eta 1 it is Bayes' posterior q(x_s | x_t, x_0), and from
+    t to t - 1 the step of Ho et al. (equation 7); with eta 0 there is no chance in it, and it can
+    jump far. At s = 0 it is x_0 itself: no noise at the last step."""
     a, b = alpha_bar[t].item(), alpha_bar[s].item()
     sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
     eps = (xt - math.sqrt(a) * x0) / math.sqrt(1 - a)
@@ -434,18 +411,13 @@ def step_back(alpha_bar, x0, xt, t, s, eta):
 
 def guided(model, x, t, tokens, guidance):
     """x_0's guess, away from what it would be without the prompt (Ho, Salimans 2022, equation 6).
-
     guidance (B,): 0 is without, 1 with the prompt, 2 twice as far; the paper's w is guidance - 1.
-    Given x_t the noise is a multiple of x_0 plus a constant, so guidance of either is the same.
-    """
-    g, none = guidance[:, None, None, None], torch.zeros_like(tokens)
+    Given x_t the noise is a multiple of x_0 plus a constant, so guidance of either is the same."""
     if (guidance == 1).all():
         return model(x, t, tokens)
-    if (guidance == 0).all():
-        return model(x, t, none)
-    both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([tokens, none]))
-    prompted, unprompted = both.chunk(2)
-    return unprompted + g * (prompted - unprompted)
+    twice = torch.cat([tokens, torch.zeros_like(tokens)])
+    prompted, unprompted = model(torch.cat([x, x]), torch.cat([t, t]), twice).chunk(2)
+    return unprompted + guidance[:, None, None, None] * (prompted - unprompted)
 
 
 def denoise(model, prompts, sampling_steps, guidance, eta, seed):
@@ -456,8 +428,7 @@ def denoise(model, prompts, sampling_steps, guidance, eta, seed):
     device, T = model.out.weight.device, model.config.diffusion_steps
     tokens = model.prompt.tokens(prompts).to(device)
     guidance = torch.as_tensor(guidance, dtype=torch.float32).expand(len(prompts)).to(device)
-    times = torch.linspace(T, 0, min(sampling_steps, T) + 1, dtype=torch.float64)
-    times = times.round().long().tolist()
+    times = torch.linspace(T, 0, min(sampling_steps, T) + 1).round().long().tolist()
     x = torch.randn(len(prompts), *model.shape, generator=noise).to(device)
     yield x
     for t, s in zip(times[:-1], times[1:], strict=True):
@@ -472,11 +443,9 @@ def denoise(model, prompts, sampling_steps, guidance, eta, seed):
 
 def sample(model, prompts, sampling_steps=25, guidance=2.0, eta=0.0, seed=None):
     """A picture for each of the prompts, a list of N str -> floats (N, C, H, W) in [0, 1].
-
     ``guidance`` is a number, or one for each. sampling_steps = T with eta = 1 is the ancestral
     chain. The same seed gives the same pictures; None draws from torch's global generator.
-    UserError for a word that no caption had.
-    """
+    UserError for a word that no caption had."""
     for x in denoise(model, prompts, sampling_steps, guidance, eta, seed):
         images = x / 2 + 0.5  # the last is what counts
     return images.clamp(0, 1)
@@ -503,34 +472,22 @@ def load(path, device="cpu"):
 # in sampling, as if x_0 were known up to ERROR. (On MNIST: 4.8 bits a pixel instead of 6.6. Most
 # goes to noise that nobody sees, in the last ten steps: an image format does better, and samples do
 # not show it.)
-
 ERROR = 0.02
-
-
-def widths(alpha_bar, t):
-    """Standard deviations of q(x_{t-1}|x_t,x_0) and p(x_{t-1}|x_t); at t = 1 those of t = 2, for
-    q(x_0|x_1,x_0) leaves nothing to chance."""
-    t = max(t, 2)
-    share, sigma = step_back(alpha_bar, torch.ones(()), torch.zeros(()), t, t - 1, 1)
-    return sigma, math.hypot(sigma, share.item() * ERROR)
 
 
 def log_decoder(x0, mean, sigma):
     """log p(x_0 | x_1), (B, C, H, W): the share of N(mean, sigma^2) in each pixel's bin of 2/255;
     the bins of black and white reach to infinity (Ho et al. 2020, equation 13)."""
-    low = torch.where(x0 < -0.999, -math.inf, (x0 - 1 / 255 - mean) / sigma)
-    high = torch.where(x0 > 0.999, math.inf, (x0 + 1 / 255 - mean) / sigma)
-    low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)
-    low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    gap = (x0 - mean).abs()  # a Gaussian is symmetric, and mean lies between black and white
+    high = torch.special.log_ndtr((1 / 255 - gap) / sigma)
+    low = torch.special.log_ndtr((-1 / 255 - gap) / sigma).masked_fill(x0.abs() > 0.999, -math.inf)
     return high + torch.log1p(-(low - high).exp())
 
 
 def bits_per_dim(model, images, every=1, seed=None):
-    """The bound L in bits per value, prompt empty: (B, C, H, W) in [0, 1], 256 levels -> (B,).
-
-    With ``every`` > 1 each KL within the sum is taken for one picture in ``every`` only, that many
-    times as heavily: then only the mean over the pictures has a meaning.
-    """
+    """The bound L in bits per value, prompt empty: (B, C, H, W) in [0, 1], 256 levels -> (B,). With
+    ``every`` > 1 each KL within the sum is taken for one picture in ``every`` only, that many times
+    as heavily: then only the mean over the pictures has a meaning."""
     noise = None if seed is None else seeded(seed, "bits")
     device, T, alpha_bar = model.out.weight.device, model.config.diffusion_steps, model.alpha_bar
     x0 = (2 * images - 1).to(device)
@@ -540,24 +497,26 @@ def bits_per_dim(model, images, every=1, seed=None):
     nats = 0.5 * (a * x0**2 - a - math.log(1 - a)).sum((1, 2, 3)).cpu().double()    # L_T
     for t in tqdm(range(1, T + 1), desc="judging", leave=False, disable=not leading()):
         some = rows if t == 1 else rows[t % every::every]
+        # The deviations of q and p. (That of q is 0 at t = 1; p has there what it has at t = 2.)
+        share, sigma = step_back(alpha_bar, 1, 0, max(t, 2), max(t, 2) - 1, eta=1)
+        width = math.hypot(sigma, share * ERROR)  # share: that of x_0 in the mean of x_{t-1}
         for i in some.split(500):
             x, at = x0[i], torch.full((len(i),), t, device=device)
             eps = torch.randn(x.shape, generator=noise).to(device)
             xt = diffuse(alpha_bar, x, at, eps)
             with evaluating(model):
                 guess = model(xt, at, tokens[i]).clamp(-1, 1)
-            sigma, width = widths(alpha_bar, t)
             if t == 1:
                 nats[i] -= log_decoder(x, guess, width).sum((1, 2, 3)).cpu().double()
             else:
-                gap = step_back(alpha_bar, guess - x, 0 * x, t, t - 1, 1)[0]  # of the two means
+                gap = share * (guess - x)  # between the two means
                 kl = math.log(width / sigma) + (sigma**2 + gap**2) / (2 * width**2) - 0.5
                 nats[i] += len(rows) / len(some) * kl.sum((1, 2, 3)).cpu().double()
     return (nats / x0[0].numel() / math.log(2)).float()
 
 
 def judge(model, test):
-    """Mean over the first ``test_images`` pictures. The seed is fixed: one noise for all."""
+    """Mean over the first ``test_images`` pictures, with the same noise for every model."""
     images = test[:model.config.test_images] / 255
     return {"test_bits_per_dim": bits_per_dim(model, images, every=50, seed="test").mean().item()}
 
@@ -1108,11 +1067,9 @@ def settle_shape(config, multiple):
 
 def draw_digits(count, seed):
     """Handwriting: bytes (count, 1, 28, 28), and labels digit + 10 * bold + 20 * slanted, (count,).
-
     A stroke is a smooth curve through jittered points, its ink a sum of Gaussian blobs along it. A
     blob is separable, so the sum is a matrix product: (28, places) @ (places, 28). Clamping makes
-    it a stroke with soft edges.
-    """
+    it a stroke with soft edges."""
     g = seeded("digits", seed)
     digit, bold, slanted = (torch.randint(n, (count,), generator=g) for n in (10, 2, 2))
     jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
@@ -1210,11 +1167,10 @@ def read_cifar10(data_dir):
 
 
 def read_photographs(path, size):
-    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square.
-
-    The innermost folder names what a picture shows; where there is none, it is a "picture". Folders
-    train and test say what is what; if one is missing, every tenth picture, by name, is held out.
-    """
+    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square. The
+    innermost folder names what a picture shows; where there is none, it is a "picture". Folders
+    train and test say what is what; if one is missing, every tenth picture, by name, is held
+    out."""
     files, labels, splits = picture_files(path), [], []
     for name in files:
         *folders, _ = name.lower().split("/")
@@ -1336,53 +1292,39 @@ def leader_first():
 
 
 # ==== Words, and pictures that train writes =======================================================
-
-
-def caption(name):
-    """"ankle boot" -> "an ankle boot": mostly by sound, so "a one" and "a unicorn"."""
-    return ("an " if re.match(r"(?!one|uni|eu|use)[aeiou]", name) else "a ") + name
-
-
 def unseen_names(config):
     return [name for name in re.split(r"\s*,\s*", config.unseen.strip()) if name]
 
 
-def without(data, unseen):
-    """Images less the kinds that are named in ``unseen``."""
-    gone = torch.tensor([i for i, name in enumerate(data.names) if name in unseen]).long()
-    train, test = ~torch.isin(data.train_labels, gone), ~torch.isin(data.test_labels, gone)
-    return Images(data.train[train], data.train_labels[train], data.test[test],
-                  data.test_labels[test], data.names)
-
-
 def prepare(run, *models):
-    """-> Images, and what may be said of each kind as tokens (kinds, captions, words)."""
+    """-> Images, less the kinds that --unseen names, and what may be said of each kind: its six
+    captions, as tokens (kinds, 6, words)."""
     config, unseen = run.config, unseen_names(run.config)
     with leader_first():
         data = load_images(config.data, config.data_dir, config.image_size, config.channels)
-    if config.unseen != Config.unseen and not set(unseen) <= set(data.names):
-        fail(f"--unseen {config.unseen}: the kinds are {', '.join(data.names)}")
-    data = without(data, unseen)
-    if not len(data.train) or not len(data.test):
-        fail(f"--unseen {config.unseen}: no pictures are left")
+    seen = torch.tensor([name not in unseen for name in data.names])
+    train, test = seen[data.train_labels], seen[data.test_labels]
+    unknown = config.unseen != Config.unseen and set(unseen) - set(data.names)
+    if unknown or not (train.any() and test.any()):
+        fail(f"--unseen {config.unseen}: takes some of {', '.join(data.names)}, not all")
+    data = Images(data.train[train], data.train_labels[train], data.test[test],
+                  data.test_labels[test], data.names)
     run.same_data(data.train, data.test)
     for model in models:
         model.prompt.learn([name for name in data.names if name not in unseen])
     models[0].prompt.tokens(config.prompt)  # an unknown word is better known before the work
-    # Six captions for each, some of them equal; of drawn digits half are the full one.
-    texts = [t for n in data.names for t in (captions(n) * 6 if n not in unseen else [""] * 6)[:6]]
+    texts = [t for n in data.names for t in (captions(n) if n not in unseen else [""] * 6)]
     return data, models[0].prompt.tokens(texts).unflatten(0, (-1, 6))
 
 
 def choose_prompts(run, model, count):
     """--prompt in turn; if none is given, kinds that it was never shown, then some that it was."""
-    prompts = list(run.config.prompt)
+    prompts, seen, words = list(run.config.prompt), model.prompt.names, set(model.prompt.words)
     if not prompts:
-        seen, unseen = model.prompt.names, unseen_names(run.config)
-        prompts = [n for n in unseen if set(n.split()) <= set(model.prompt.words) and n not in seen]
-        room = max(1, count - len(prompts))
-        prompts = list(map(caption, prompts + seen[::math.ceil(len(seen) / room)]))
-    return [prompts[i % len(prompts)] for i in range(count)]
+        kinds = [name for name in unseen_names(run.config) if set(name.split()) <= words]
+        kinds += seen[::math.ceil(len(seen) / max(1, count - len(kinds)))]
+        prompts = [captions(name)[0] for name in kinds]
+    return (prompts * count)[:count]
 
 
 def draw_samples(run, model):

@@ -23,7 +23,8 @@ guess well it has to spell, to close brackets, to remember who is speaking; nobo
     python gpt.py --data shakespeare --vocab-size 2048 --dropout 0 --steps 430    (downloaded once)
     python gpt.py --data shakespeare --vocab-size 1024 --layers 6 --heads 6 --width 384 \
         --block-size 256 --batch-size 32 --dropout 0.3 --steps 1000 --compile --out out/gpu
-    torchrun --nproc-per-node=N gpt.py ...         the command before is for a GPU, this for N
+                                                             (this is for a GPU)
+    torchrun --nproc-per-node=N gpt.py ...                   the same on N of them
 
 Look into out/gpt: samples.txt, metrics.csv, checkpoint.pt. The same command again goes on where it
 stopped, with the values of the checkpoint where none are given; on a finished model it only writes
@@ -44,7 +45,7 @@ from itertools import pairwise
 
 from tqdm import tqdm
 
-# What is used here and defined nowhere above stands in the plumbing, at the end.
+# What is used and not defined above its use stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -99,8 +100,8 @@ class Config:
 #     t h e _ c a t _ t h e   ->   th e _ c a t _ th e   ->   the _ c a t _ the
 #
 # The text gets shorter: as many tokens reach further back, a step reads more. Merges stay inside of
-# words, or "dog." and "dog," would become tokens. A word takes one space before it; of characters
-# beyond ASCII every byte counts as a letter; runs of more than 48 are cut.
+# words, or "dog." and "dog," would become tokens. A word, number or run of signs takes one space
+# before it; of characters beyond ASCII every byte counts as a letter; runs over 48 are cut.
 WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,48}| ?\d{1,48}| ?[^\sA-Za-z\d\x80-\xff]{1,48}"
                    rb"|\s{1,48}(?!\S)|\s")
 
@@ -117,10 +118,8 @@ def merge(word, pair, token):
 
 
 def learn_merges(text, count):
-    """Bytes -> at most ``count`` pairs: pair i becomes token 256 + i. Fewer if none repeats.
-
-    Equal words count together, and a pair is sought only in words that had it: 1 MB takes seconds.
-    """
+    """Bytes -> at most ``count`` pairs: pair i becomes token 256 + i. Fewer if none repeats. Equal
+    words count together, and a pair is sought only in words that had it: 1 MB takes seconds."""
     words = [(list(word), n) for word, n in Counter(WORDS.findall(text)).items()]
     pairs, where = Counter(), defaultdict(set)  # how often each pair stands, and in which words
     for i, (word, n) in enumerate(words):
@@ -158,11 +157,10 @@ class Tokenizer(nn.Module):
         self.merges[:len(merges)] = torch.tensor(merges, dtype=torch.long).view(-1, 2)
 
     def encode(self, text):
-        """str or bytes -> list of tokens."""
-        text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+        """str -> list of tokens."""
         ranks = {tuple(pair): 256 + i for i, pair in enumerate(self.merges.tolist())}
         known, tokens = {}, []
-        for word in WORDS.findall(text):
+        for word in WORDS.findall(text.encode("utf-8", "replace")):
             if word not in known:  # apply the merges in the order in which they were learned
                 parts = list(word)
                 while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
@@ -200,14 +198,12 @@ def rotations(count, size):
 
 def rotate(x, rotation):
     """Mark queries and keys (..., T, D) with their positions (RoPE: Su et al. 2021,
-    arXiv:2104.09864, equation 15); ``rotation`` is (2, T, D / 2).
-
-    Attention compares by dot products, and they see no order. So each pair of numbers (a, b) in a
-    query or key is turned, like the hand of a clock, by an angle that grows with the position: the
-    first pair fast, the others slower and slower. In the product of two turned pairs only the
-    difference of their angles is left: how far apart two tokens are, not where they stand. GPT-2
-    learned a vector for each position, and had to learn "one to the left" anew at each.
-    """
+    arXiv:2104.09864, equation 15); ``rotation`` is (2, T, D / 2). Attention compares by dot
+    products, and they see no order. So each pair of numbers (a, b) in a query or key is turned,
+    like the hand of a clock, by an angle that grows with the position: the first pair fast, the
+    others slower and slower. In the product of two turned pairs only the difference of their angles
+    is left: how far apart two tokens are, not where they stand. GPT-2 learned a vector for each
+    position, and had to learn "one to the left" anew at each."""
     (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)  # i and i + D / 2 (paper: neighbours)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
@@ -227,8 +223,7 @@ class Attention(nn.Module):
           To     x   .   .   .       x: may look
           be     x   x   .   .       .: minus infinity, so the softmax gives it no weight at all
            ,     x   x   x   .
-          or     x   x   x   x       one stretch of T tokens thus teaches T guesses in one pass
-    """
+          or     x   x   x   x       one stretch of T tokens thus teaches T guesses in one pass"""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -253,34 +248,24 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """(B, T, W) -> (B, T, W), each token by itself; without SiLU the two layers were one. GPT-2
-    has GELU there. Larger models gate (SwiGLU: Shazeer 2020, arXiv:2002.05202) or square a ReLU (So
-    et al. 2021, arXiv:2109.08668): here, with Muon and at equal seconds, these two were 0.01 and
-    0.03 nats per byte worse."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.out = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x):
-        return self.out(F.silu(self.up(x)))
-
-
 class Block(nn.Module):
-    """x + attention, then x + MLP. A norm brings the input of both to mean square 1, and scales it.
-    The input, not the sum: so the residual stream is left alone, and training is stable from the
-    start (Xiong et al. 2020, arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is
-    LayerNorm without the mean."""
+    """x + attention, then x + MLP: (B, T, W) -> (B, T, W). The MLP works on each token by itself;
+    SiLU in its middle (GPT-2: GELU) bends what would else be one layer. (SwiGLU: Shazeer 2020,
+    arXiv:2002.05202, and squared ReLU: So et al. 2021, arXiv:2109.08668, were no better here.) A
+    norm brings the input of both to mean square 1, and scales it. The input, not the sum: so the
+    residual stream is left alone, and training is stable from the start (Xiong et al. 2020,
+    arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm without the
+    mean."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(config.width, eps=1e-6) for _ in range(2))
-        self.attention = Attention(config.width, config.heads)
-        self.mlp = MLP(config.width)
+        W = config.width
+        self.norm1, self.norm2 = (nn.RMSNorm(W, eps=1e-6) for _ in range(2))
+        self.attention = Attention(W, config.heads)
+        self.mlp = nn.Sequential(nn.Linear(W, 4 * W, bias=False), nn.SiLU(),
+                                 nn.Linear(4 * W, W, bias=False))
 
-    def forward(self, x, rotation, past=None, keep=(1, 1)):
+    def forward(self, x, rotation, past=None, keep=(1, 1)):  # keep: dropout's, chapter 4
         x = x + keep[0] * self.attention(self.norm1(x), rotation, past)
         return x + keep[1] * self.mlp(self.norm2(x))
 
@@ -301,12 +286,11 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         # The last matrix of attention and MLP starts at zero: blocks begin as "do nothing". So does
         # the head: all tokens begin equally likely, and a guess costs ln V. Other matrices keep the
-        # size of what they get. Embeddings are N(0, 1): with a tenth of that, or with one small
-        # matrix for embedding and head, as in GPT-2, the loss after 22 s was 0.05 higher.
+        # size of what they get; embeddings stay N(0, 1), as PyTorch has them.
         for block in self.blocks:
-            for layer in (block.attention.qkv, block.mlp.up):
+            for layer in (block.attention.qkv, block.mlp[0]):
                 nn.init.normal_(layer.weight, std=config.width**-0.5)
-            for layer in (block.attention.out, block.mlp.out):
+            for layer in (block.attention.out, block.mlp[2]):
                 nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.head.weight)
 
@@ -314,7 +298,7 @@ class GPT(nn.Module):
         """``cache`` (chapter 5): a list for each block, in which it keeps its keys and values.
         ``keep`` (chapter 4): what dropout lets pass in training, (B, 2 * layers + 1, 1, W): two
         for each block, and the last for the embedding."""
-        first = cache[0][0].shape[2] if cache and cache[0] else 0
+        first = cache[0][0].shape[2] if cache and cache[0] else 0  # so many tokens are in it
         rotation = self.rotation[:, first:first + tokens.shape[1]]               # (2, T, D / 2)
         keep = [1] * (2 * len(self.blocks) + 1) if keep is None else keep.unbind(1)
         x = self.embedding(tokens) * keep[-1]                                        # (B, T, W)
@@ -332,20 +316,19 @@ class GPT(nn.Module):
 
 def nats_per_byte(model, text):
     """Cross entropy of a str under the model, in nats per byte; divide by ln 2 for bits per byte.
-
     The text is read in stretches of block_size that do not overlap, so the first guesses of each
-    have little to go by. The very first token is not guessed, and its bytes do not count.
-    """
+    have little to go by. The very first token is not guessed, and its bytes do not count."""
     T, tokens = model.config.block_size, torch.tensor(model.tokenizer.encode(text))
     if len(tokens) < 2:
         fail("a text of two tokens or more is needed: the first is not guessed")
-    pad, nats = -(len(tokens) - 1) % T, 0.0
-    x = F.pad(tokens[:-1], (0, pad)).view(-1, T).to(model.head.weight.device)
-    y = F.pad(tokens[1:], (0, pad), value=-100).view(-1, T).to(x.device)  # -100 does not count
+    # Rows of T + 1 tokens; the last of a row is also the first of the next. Padded with -100, which
+    # cross_entropy leaves out of its sum.
+    rows = F.pad(tokens, (0, -(len(tokens) - 1) % T), value=-100).unfold(0, T + 1, T)
+    nats, rows = 0.0, rows.to(model.head.weight.device)
     with evaluating(model):
-        for xs, ys in zip(*(t.split(max(1, 4096 // T)) for t in (x, y)), strict=True):
-            logits = model(xs).flatten(0, 1).float()                              # (B * T, V)
-            nats += F.cross_entropy(logits, ys.flatten(), reduction="sum").item()
+        for some in rows.split(max(1, 4096 // T)):
+            logits = model(some[:, :-1].clamp(min=0)).flatten(0, 1).float()       # (B * T, V)
+            nats += F.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum").item()
     return nats / len(model.tokenizer.decode(tokens[1:].tolist()))
 
 
@@ -362,8 +345,7 @@ class Muon(torch.optim.Optimizer):
     is needed: a round  x <- a x + b (x x^T) x + c (x x^T)^2 x  makes each singular value s into
     a s + b s^3 + c s^5, and three bring all but small ones to about 0.7 to 1.2. Three do better
     here than the usual five, which cost more. (torch.optim.Muon is slow on a CPU.) Steps of tall
-    matrices are larger, so that each of their outputs changes as much as those of square ones.
-    """
+    matrices are larger, so that each of their outputs changes as much as those of square ones."""
 
     def __init__(self, matrices):
         super().__init__(matrices, {"lr": 0.0})
@@ -374,8 +356,8 @@ class Muon(torch.optim.Optimizer):
             lr, wide = self.param_groups[0]["lr"], p.shape[0] < p.shape[1]
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-            x = p.grad.lerp(momentum, 0.95)                                  # Nesterov's momentum
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)     # a mean of gradients ...
+            x = p.grad.lerp(momentum, 0.95)                   # ... and a little more of the newest
             x = (x if wide else x.mT) / (x.norm() + 1e-7)             # singular values at most 1
             for _ in range(3):
                 square = x @ x.mT
@@ -398,22 +380,18 @@ def schedule(progress):
 
 
 def draw_dropout(config):
-    """(B, 2 * layers + 1, 1, W): 0 for a share of ``dropout``, else so much that the mean is 1.
-
-    It multiplies what embeddings and branches add. Nothing can be relied upon, so less is learned
-    by heart (Srivastava et al. 2014, JMLR 15). One mask serves all tokens of a stretch (Gal,
-    Ghahramani 2015, arXiv:1512.05287), here as good as one for each. It is drawn with the batch, so
-    it is the same in however many parts or processes the batch is computed.
-    """
+    """(B, 2 * layers + 1, 1, W): 0 for a share of ``dropout``, else so much that the mean is 1. It
+    multiplies what embedding, attention and MLP add to the stream. Nothing can be relied upon, so
+    less is learned by heart (Srivastava et al. 2014, JMLR 15). One mask serves all tokens of a
+    stretch (Gal, Ghahramani 2015, arXiv:1512.05287). It is drawn with the batch, so it is the same
+    in however many parts or processes the batch is computed."""
     keep = torch.full((config.batch_size, 2 * config.layers + 1, 1, config.width), 1.0)
     return torch.bernoulli(keep - config.dropout) / (1 - config.dropout)
 
 
 def gradients(model, batch, keep, parts=1):
-    """Tokens (B, T + 1) -> the mean loss of all guesses, in nats; its gradients are in p.grad.
-
-    A batch too large for the memory comes in parts, whose gradients add up to those of the whole.
-    """
+    """Tokens (B, T + 1) -> the mean loss of all guesses, in nats; its gradients are in p.grad. A
+    batch too large for the memory comes in parts, whose gradients add up to those of the whole."""
     total = torch.zeros((), device=batch.device)
     for some, k in zip(batch.chunk(parts), keep.chunk(parts), strict=True):
         with torch.autocast(batch.device.type, torch.bfloat16, batch.device.type == "cuda"):
@@ -427,10 +405,8 @@ def gradients(model, batch, keep, parts=1):
 
 def train(config):
     """Train what is left to train, judge, write, all into ``config.out`` -> the GPT in eval mode.
-
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on).
-    """
+    KeyboardInterrupt (it was stopped; the same call goes on)."""
     read_prompt(config)
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
@@ -445,7 +421,7 @@ def train(config):
         tokens_per_byte = len(tokens) / len(text.encode())
         compiled = torch.compile(model) if config.compile else model
         for step in run.steps():
-            # Stretches in this epoch's order; jittered, so no two epochs cut the text alike.
+            # Stretches in this epoch's order, shifted by up to T - 1: no two epochs cut alike.
             starts = run.batch_rows(len(tokens) // T - 1) * T
             starts = my_share(starts + torch.randint(T, starts.shape))
             batch = tokens[starts[:, None] + torch.arange(T + 1)].to(device)        # (B, T + 1)
@@ -462,7 +438,8 @@ def train(config):
                 optimizer.zero_grad()
             if run.due(5):  # now and then, to see how it comes on (20,000 characters are enough)
                 run.log(held_out=nats_per_byte(model, held_out[:20000]))
-                run.write("samples.txt", generate(model, config.prompt, seed=config.seed).encode())
+                new = config.prompt + generate(model, config.prompt, seed=config.seed)
+                run.write("samples.txt", new.encode("utf-8", "replace"))
         nats = nats_per_byte(model, held_out)
         run.finish({"test_nats_per_byte": nats, "test_bits_per_byte": nats / math.log(2)})
     if leading():
@@ -490,23 +467,21 @@ class Context:
         tokens of merges that were never learned."""
         size = self.model.config.block_size
         if len(self.tokens) + len(new) > size:
-            new = (self.tokens + new)[-(size // 2 if self.tokens else size):]
-            self.tokens = []
+            last = size // 2 if self.tokens else size  # a long prompt may fill all of it
+            new, self.tokens = (self.tokens + new)[-last:], []
         if not self.tokens:
             self.cache = [[] for _ in self.model.blocks]
         self.tokens = self.tokens + new
-        with torch.no_grad():  # eval mode makes no difference to this model
+        with torch.no_grad():
             x = torch.tensor([new], device=self.model.head.weight.device)
             return self.model(x, self.cache)[0, -1, :self.known].float().cpu()
 
 
 def choose(logits, temperature, top_k, top_p, generator=None):
-    """Logits (V,) -> a token, drawn from softmax(logits / temperature).
-
-    The many unlikely tokens are together not unlikely, and one of them can derail a text. So only
-    the top_k likeliest may be drawn (0: all), and only the fewest that make up a share of top_p of
-    all probability (the nucleus: Holtzman et al. 2019, arXiv:1904.09751).
-    """
+    """Logits (V,) -> a token, drawn from softmax(logits / temperature). The many unlikely tokens
+    are together not unlikely, and one of them can derail a text. So only the top_k likeliest may be
+    drawn (0: all), and only the fewest that make up a share of top_p of all probability (the
+    nucleus: Holtzman et al. 2019, arXiv:1904.09751)."""
     if temperature < 1e-6:
         return logits.argmax().item()
     p, order = (logits / temperature).softmax(0).sort(descending=True)
@@ -519,7 +494,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
 
 def stream(model, prompt, tokens, temperature=0.7, top_k=0, top_p=0.95, seed=None):
     """Yield the continuation of ``prompt`` token by token, as str: what ends inside a character
-    waits for the rest of it. An empty prompt stands for an empty line."""
+    waits for the rest of it. An empty prompt stands for the end of a paragraph."""
     if not temperature >= 0 or top_k < 0 or not 0 <= top_p <= 1:
         fail("temperature and top_k are 0 or more, top_p is from 0 to 1")
     noise = None if seed is None else seeded(seed, "text")
@@ -540,9 +515,9 @@ def generate(model, prompt, tokens=200, temperature=0.7, top_k=0, top_p=0.95, se
 def explain(model, prompt, count=10):
     """The likeliest next tokens after ``prompt`` -> a list of (token as bytes, probability)."""
     logits = Context(model).read(model.tokenizer.encode(prompt or "\n\n"))
-    p, order = logits.softmax(0).sort(descending=True)
+    p, order = logits.softmax(0).topk(count)
     pieces = model.tokenizer.pieces()
-    return [(pieces[t], q) for t, q in zip(order[:count].tolist(), p[:count].tolist(), strict=True)]
+    return [(pieces[t], q) for t, q in zip(order.tolist(), p.tolist(), strict=True)]
 
 
 def load(path, device="cpu"):

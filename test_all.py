@@ -983,12 +983,11 @@ def test_before_training_all_tokens_are_equally_likely():
 def test_any_text_survives_the_tokens():
     tokenizer = tiny_gpt().tokenizer
     torch.manual_seed(0)
-    noise = bytes(torch.randint(256, (5000,)).tolist())
+    noise = bytes(torch.randint(256, (5000,)).tolist()).decode("latin-1")
     emoji = "naïve 東京 🙂👩‍👩‍👧\n\n\tif x:\r\n        pass  "
-    for text in (b"", b"the", b"a" * 1000, b" " * 100, noise, emoji.encode()):
+    for text in ("", "the", "a" * 1000, " " * 100, noise, emoji):
         tokens = tokenizer.encode(text)
-        assert tokenizer.decode(tokens) == text and all(0 <= t < 300 for t in tokens)
-    assert tokenizer.decode(tokenizer.encode(emoji)).decode() == emoji
+        assert tokenizer.decode(tokens) == text.encode() and all(0 <= t < 300 for t in tokens)
     assert len(tokenizer.encode("the cat sat")) == 3  # words that it knows whole
 
 
@@ -1018,7 +1017,7 @@ def test_merges_against_counting_anew_each_time():
     assert gpt.learn_merges(text, 44) == expected
     tokenizer = gpt.Tokenizer(300)
     tokenizer.learn(text.decode())
-    assert tokenizer.encode(text) == [token for word in words for token in word]
+    assert tokenizer.encode(text.decode()) == [token for word in words for token in word]
 
 
 def test_words_leave_nothing_out():
@@ -1718,8 +1717,10 @@ def test_words_and_their_order():
     assert (e[0] - e[1]).norm() > 1e-2 and (e[0] - e[2]).norm() > 1e-2 and (e[3] == 0).all()
     with pytest.raises(ddpm.UserError, match="'zebra'.*bold eight slanted"):
         ddpm.sample(model, ["a zebra"], 2)
-    assert [ddpm.caption(n) for n in ("eight", "one", "ankle boot", "t-shirt", "upright one")] == [
-        "an eight", "a one", "an ankle boot", "a t-shirt", "an upright one"]
+    said = "an eight", "a one", "an ankle boot", "a t-shirt", "an upright one"
+    assert all(ddpm.captions(one.split(maxsplit=1)[1]) == [one] * 6 for one in said)
+    assert ddpm.captions("bold upright two") == 3 * ["a bold upright two"] + [
+        "a bold two", "an upright two", "a two"]
 
 
 def test_dropped_captions_are_dropped():
@@ -1778,12 +1779,12 @@ def test_the_average_is_sampled(painter):
 
 @pytest.mark.parametrize("words, needle", [
     (["--prompt", "a zebra"], "zebra"), (["--guidance", "-1"], "--guidance"),
-    (["--sampling-steps", "21"], "--sampling-steps"), (["--width", "12"], "--width"),
+    (["--sampling-steps", "0"], "--sampling-steps"), (["--width", "12"], "--width"),
     (["--eta", "2"], "--eta"), (["--drop-caption", "much"], "--drop-caption"),
     (["--width", "16"], "--restart"), (["--unseen", "thin upright one"], "--restart"),
     (["--data", "nowhere"], "--restart"), (["--data", "nowhere", "--restart"], "no data set"),
-    (["--unseen", "tow", "--restart"], "the kinds are zero, one"),
-    (["--unseen", ", ".join(ddpm.DIGITS), "--restart"], "no pictures are left"),
+    (["--unseen", "tow", "--restart"], "takes some of zero, one"),
+    (["--unseen", ", ".join(ddpm.DIGITS), "--restart"], "nine, not all"),
     (["--vocab-size", "3", "--restart"], "--vocab-size"),
     (["--prompt", "an aple", "--restart"], "known are: a an")])
 def test_ddpm_refuses_in_one_line(painter, data, tmp_path, capsys, words, needle):
