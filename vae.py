@@ -42,6 +42,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+# What is used and not defined above its use stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -62,7 +63,7 @@ class Config:
     importance: int = knob(1, "draws per picture in the last 30 % of training (chapter 3)", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
-    image_size: int = knob(0, "height and width, in fours; 0: 28, of colour data 32", 0, 1024)
+    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, of colour 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(64, "pictures a step", 1, 2**16)
@@ -75,12 +76,12 @@ class Config:
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; out/vae, and kind and data if unusual")
+    out: str = knob("", "folder of the results; if empty, out/vae, or out/vae-ae-mnist, say")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
         check_config(self)
-        settle_shape(self, 4)
+        settle_shape(self, 4)  # a multiple of 4
         if (self.kind == "ae") + (self.beta != 1) + (self.importance > 1) > 1:
             fail("--kind ae, --beta and --importance exclude each other: give one of the three")
 
@@ -92,11 +93,9 @@ class Config:
 
 def scaled(pictures, generator=None):
     """Bytes (B, C, H, W) -> floats. Colour keeps its 256 values, as 0 to 1; a grey pixel becomes 1,
-    ink, with the probability of its grey, else 0.
-
-    Drawn afresh each time, so the data never quite repeat. And with pixels that are tosses of coins
-    "the probability of this picture" has a meaning. (Burda et al. 2015, section 5, binarise so.)
-    """
+    ink, with the probability of its grey, else 0. In training each step draws anew, so the data
+    never quite repeat. And with pixels that are coin tosses "the probability of this picture" has a
+    meaning. (Burda et al. 2015, section 5, do so.)"""
     x = pictures.float() / 255
     return torch.bernoulli(x, generator=generator) if x.shape[1] == 1 else x
 
@@ -110,8 +109,7 @@ def scaled(pictures, generator=None):
 class Residual(nn.Module):
     """x + f(x) (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> the same. f is two convolutions,
     each after its activation (2016, arXiv:1603.05027). The second starts at a tenth of its usual
-    size: f begins as almost nothing, and these networks train without normalisation.
-    """
+    size: f begins as almost nothing, and these networks train without normalisation."""
 
     def __init__(self, channels):
         super().__init__()
@@ -181,8 +179,7 @@ class VAE(nn.Module):
         return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z):
-        """Codes (B, L) -> (B, C, H, W): logits, whose sigmoid is the probability of ink; of colour
-        the middle of each value's bump."""
+        """Codes (B, L) -> what the Decoder says of them, (B, C, H, W)."""
         return self.decoder(z)
 
     def picture(self, z):
@@ -214,24 +211,20 @@ class VAE(nn.Module):
 
 
 def log_bernoulli(logits, x):
-    """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats.
-
-    Given z the tosses are independent, so their log probabilities ADD UP over the pixels. Averaging
-    them, a common mistake, weighs the KL 784-fold beside them, as --beta 784 does. Then it pays to
-    ignore the code, and every sample is the same grey blur.
-    """
+    """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats. Given z the
+    tosses are independent, so their log probabilities ADD UP over the pixels. Averaging them, a
+    common mistake, weighs the KL 784-fold beside them, as --beta 784 does. Then it pays to ignore
+    the code, and every sample is the same grey blur."""
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
 
 def log_logistic(middle, log_scale, x):
-    """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats.
-
-    A value is one of 256. Its p is the area, over its bin, 1/255 wide, of a bump: the logistic
-    density, whose integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being (the
-    bin's upper and lower end - the bump's middle) / scale. (For 0 and 1 the bin reaches to
-    infinity, so that all 256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) It is the
-    product sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose log is finite even where p is tiny.
-    """
+    """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats. A value is
+    one of 256. Its p is the area, over its bin, 1/255 wide, of a bump: the logistic density, whose
+    integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being (the bin's upper and
+    lower end - the bump's middle) / scale. (For 0 and 1 the bin reaches to infinity, so that all
+    256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) It is the product sigmoid(a)
+    sigmoid(-b) (1 - exp(b - a)), whose log is finite even where p is tiny."""
     scale = log_scale.exp()[:, None, None]
     a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
     low, high = F.logsigmoid(a), F.logsigmoid(-b)
@@ -252,11 +245,9 @@ def kl_divergence(mean, logvar):
 
 
 def elbo_terms(model, x):
-    """Pictures (B, C, H, W), scaled -> reconstruction (B,) and KL (B,), nats per picture.
-
-    The autoencoder's code is the mean itself, without noise and free of charge. In training nothing
-    else differs.
-    """
+    """Pictures (B, C, H, W), scaled -> reconstruction (B,) and KL (B,), nats per picture. The
+    autoencoder's code is the mean itself, without noise and free of charge. In training nothing
+    else differs."""
     mean, logvar = model.encode(x)
     if model.config.kind == "ae":
         return log_fit(model, mean, x), torch.zeros_like(mean[:, 0])
@@ -265,13 +256,13 @@ def elbo_terms(model, x):
 
 
 # A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With a mean of k
-# draws inside of the log the bound comes closer (Burda et al. 2015, equation 8):
+# draws inside the log the bound comes closer (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
-# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is, in general,
-# log p(x). It judges the model in the end; with --importance k it is also what the last steps of
-# training raise.
+# with z_i from q(z|x). (This L is theirs, no latent_dim.) L_1 is the ELBO, L_k never falls as k
+# grows, and its limit is, in general, log p(x). It judges the model in the end; with --importance k
+# it is also what the last steps of training raise.
 
 
 def log_weights(model, x, k, generator=None):
@@ -286,8 +277,6 @@ def log_weights(model, x, k, generator=None):
 
 
 # ==== 4. Training =================================================================================
-
-
 def schedule(progress):
     """Share of the peak learning rate at ``progress`` 0 to 1: half a cosine, after a short ramp."""
     return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -295,21 +284,19 @@ def schedule(progress):
 
 def train(config):
     """Train what is left to train, judge, draw, all into ``config.out`` -> the VAE in eval mode.
-
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on).
-    """
+    KeyboardInterrupt (it was stopped; the same call goes on)."""
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     model = VAE(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    run = Run(config, model=model, optimizer=optimizer)
+    run = Run(config, model=model, optimizer=optimizer)  # restores, counts, saves (block runs)
     if not run.finished:
         data = load_images(config.data, config.data_dir, config.image_size, config.channels)
         run.same_data(data.train, data.test)
         pictures = data.train.to(device)  # MNIST's 60,000 are 47 MB
         for step in run.steps():
-            # The next batch in this epoch's order, its coins tossed afresh.
+            # The next batch in this epoch's order (run knows the step), its coins tossed anew.
             x = scaled(pictures[run.batch_rows(len(pictures)).to(device)])
             if step < 0.7 * config.steps or config.importance == 1:
                 # Encode, draw a code, decode: how well was it rebuilt, what did the code cost?
@@ -319,7 +306,7 @@ def train(config):
             else:
                 log_w = log_weights(model, x, config.importance)
                 loss = (math.log(config.importance) - log_w.logsumexp(1)).mean()
-            # Gradients, of a length of at most 100: a wild batch must not undo the work of many.
+            # Gradients, clipped to a length of 100: a wild batch must not undo the work of many.
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=100)
@@ -349,11 +336,9 @@ def mean_codes(model, pictures):
 
 
 def fit_gaussian(model, pictures):
-    """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, C, H, W).
-
-    The VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
-    likes; a Gaussian around them covers much that is no code of a picture, and samples show it.
-    """
+    """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, C, H, W). The
+    VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
+    likes; a Gaussian around them covers much that is no code of a picture, and samples show it."""
     if model.config.kind == "ae":
         codes = mean_codes(model, pictures).cpu().double()
         ridge = 1e-6 * torch.eye(codes.shape[1])  # in case a number of the code is never used
@@ -363,33 +348,28 @@ def fit_gaussian(model, pictures):
 
 
 # ==== 5. Sampling =================================================================================
-
-
 def sample(model, n, seed=None):
     """n new pictures, floats (n, C, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
-
     They are the probabilities of ink (of colour the middles of the bumps): chance would only add
-    grain. The same seed gives the same pictures; None draws from torch's global generator.
-    """
+    grain. The same seed gives the same pictures; None draws from torch's global generator."""
     noise = None if seed is None else seeded(seed, "sample")
     eps = torch.randn(n, model.config.latent_dim, generator=noise).to(model.prior_mean.device)
     with evaluating(model):
         return torch.cat([model.picture(model.place(e)) for e in eps.split(500)])
 
 
-def draw_walk(run, model, test, rows=3, columns=8, stops=4, frames=24):
-    """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home
-    again. The still image, for viewers without animation, has the first three walks.
-    """
-    codes = mean_codes(model, test[torch.arange(stops * rows * columns) % len(test)])
-    codes, film = codes.unflatten(0, (stops, rows * columns)), []             # (stops, walkers, L)
+def draw_walk(run, model, test, walkers=24, stops=4, frames=24):
+    """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home again.
+    The still image, for viewers without animation, has the first three walks."""
+    codes = mean_codes(model, test[torch.arange(stops * walkers) % len(test)])
+    codes, film = codes.unflatten(0, (stops, walkers)), []                    # (stops, walkers, L)
     with evaluating(model):
         for frame in range(frames):
             leg, way = divmod(frame * stops / frames, 1)
             z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
             film.append(model.picture(z).cpu())                               # (walkers, C, H, W)
-    still = torch.stack([frame[:rows] for frame in film[::frames // columns]], 1).flatten(0, 1)
-    run.write("walk.png", png(grid(still, columns), [grid(f, columns) for f in film]))
+    still = torch.stack([frame[:3] for frame in film[::frames // 8]], 1).flatten(0, 1)
+    run.write("walk.png", png(grid(still, 8), [grid(frame, 8) for frame in film]))
 
 
 def load(path, device="cpu"):
@@ -402,45 +382,40 @@ def load(path, device="cpu"):
 
 
 # ==== 6. Judging, on pictures that it never saw ===================================================
-
-
-def weigh(model, images, k, generator):
-    """Yield pictures (b, C, H, W) and their log weights (b, k), at most 1000 codes at a time."""
-    for x in images.to(model.prior_mean.device).split(max(1, 1000 // k)):
-        draws = torch.arange(k).split(1000)
-        yield x, torch.cat([log_weights(model, x, len(some), generator) for some in draws], 1)
+def bounds(model, images, k, generator=None):
+    """Pictures (B, C, H, W), scaled -> KL, ELBO and an estimate of L_k, (3, B), nats a picture. At
+    most 1000 codes at a time are in memory."""
+    if model.config.kind == "ae":
+        fail("an autoencoder has no likelihood: its codes have no probability")
+    parts, images = [], images.to(model.prior_mean.device)
+    with evaluating(model):
+        for x in tqdm(images.split(max(1, 1000 // k)), "judging", leave=False, delay=1):
+            log_w = torch.cat([log_weights(model, x, min(1000, k - done), generator)
+                               for done in range(0, k, 1000)], 1)                       # (b, k)
+            kl, elbo = kl_divergence(*model.encode(x)), log_w.mean(1)  # the ELBO is E[log w]
+            parts.append(torch.stack([kl, elbo, log_w.logsumexp(1) - math.log(k)]))
+    return torch.cat(parts, 1)
 
 
 def log_likelihood(model, images, k, seed=None):
     """An unbiased estimate of L_k, a lower bound on log p(x): pictures (B, C, H, W), grey ones of 0
     and 1, colour in [0, 1] of 256 levels -> (B,), nats a picture."""
-    if model.config.kind == "ae":
-        fail("an autoencoder has no likelihood: its codes have no probability")
-    noise = None if seed is None else seeded(seed, "draws")
-    with evaluating(model):
-        log_w = [log_w.logsumexp(1) for _, log_w in weigh(model, images, k, noise)]
-    return torch.cat(log_w) - math.log(k)
+    return bounds(model, images, k, None if seed is None else seeded(seed, "draws"))[2]
 
 
 def judge(model, test):
     """Means over the first ``test_images`` pictures, in nats per picture; in colour (vae) also in
-    bits per value. The seeds are fixed: all models are judged on the same tosses."""
-    k, parts = model.config.draws, []
+    bits per value; ae: the reconstruction alone. Seeds are fixed: equal tosses for all models."""
     x = scaled(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
-    with evaluating(model):
-        if model.config.kind == "ae":
+    if model.config.kind == "ae":
+        with evaluating(model):
             rebuilt = torch.cat([elbo_terms(model, some)[0] for some in x.split(500)])
-            return {"test_reconstruction": rebuilt.mean().item()}
-        bar = tqdm(total=len(x), desc="judging", leave=False)
-        for some, log_w in weigh(model, x, k, seeded("draws")):
-            kl, elbo = kl_divergence(*model.encode(some)), log_w.mean(1)  # the ELBO is E[log w]
-            parts.append(torch.stack([elbo + kl, kl, elbo, log_w.logsumexp(1) - math.log(k)]))
-            bar.update(len(some))
-        bar.close()
-    names = ("test_reconstruction", "test_kl", "test_elbo", "test_bound")
-    figures = dict(zip(names, torch.cat(parts, 1).mean(1).tolist(), strict=True))
+        return {"test_reconstruction": rebuilt.mean().item()}
+    kl, elbo, bound = bounds(model, x, model.config.draws, seeded("draws")).mean(1).tolist()
+    figures = {"test_reconstruction": elbo + kl, "test_kl": kl, "test_elbo": elbo,
+               "test_bound": bound}
     if model.config.channels == 3:
-        figures["test_bits_per_dim"] = -figures["test_bound"] / math.log(2) / x[0].numel()
+        figures["test_bits_per_dim"] = -bound / math.log(2) / x[0].numel()
     return figures
 
 
@@ -450,9 +425,8 @@ def main(argv=None):
 
 
 # ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# (What this script alone has comes last.) They ask of this file: its name in checkpoints and
-# folders, the settings that may not change once training has begun, and those on whose change a
-# trained model is judged again.
+# (What this script alone has comes last.) They ask of this file its name, the settings that are
+# fixed once training has begun, and those on whose change a trained model is judged again.
 NAME = "vae"
 FIXED = ("kind", "beta", "importance", "latent_dim", "width", "image_size", "channels", "data",
          "batch_size", "seed")
@@ -481,7 +455,7 @@ def flag(name):
 
 
 def check_config(config):
-    """Refuse a value out of range or of the wrong type, and give ``out`` its default."""
+    """Refuse a value out of range or of the wrong type; tidy ``data``; give ``out`` its default."""
     special = [NAME]
     for f in fields(config):
         value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
@@ -491,10 +465,10 @@ def check_config(config):
         if not fits:
             wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
             fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
-        if f.name == "data":  # a shell may have put a / behind a folder
-            value = config.data = ",".join(p.rstrip("/") or p for p in value.split(","))
+        if f.name == "data":  # ./folder/ is folder, wherever it is compared
             if not all(value.split(",")):
                 fail("--data takes a name or a path")
+            value = config.data = ",".join(os.path.normpath(part) for part in value.split(","))
         if f.name in ("kind", "generator", "data") and value != f.default:
             special += [Path(part).resolve().stem for part in value.split(",")]
     config.out = config.out or str(Path("out", "-".join(special)))
@@ -515,6 +489,7 @@ def command_line(argv):
     path = Path(out, "checkpoint.pt")
     if path.exists() and not given.get("restart"):
         state = read_checkpoint(path)
+        # (If it has not begun, and other data are asked for, its settings do not bind.)
         if state["step"] or given.get("data") in (None, state["config"]["data"]):
             given = state["config"] | given | {"out": out}
     return Config(**given)
@@ -590,7 +565,7 @@ def epoch_order(count, seed, epoch):
 
 
 def together():
-    """True where several processes train one model (block ranks)."""
+    """True where several processes train one model (see the block ranks, in some files)."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -671,7 +646,7 @@ class Run:
     """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
     it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
     kept = ("step", "seconds", "data", "judged", "rows", "sums", "frames")
-    agree = staticmethod(lambda number: number)  # several processes stop together (block ranks)
+    agree = staticmethod(lambda number: number)  # with the block ranks: all processes stop together
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.written = config, saved, {}
@@ -717,8 +692,8 @@ class Run:
         return torch.cat(order)[self.step * size - first * count:][:size]
 
     def steps(self):
-        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: a killed run
-        ends like one that was not, on one CPU. Saves every 30 s, when stopped, and at the end."""
+        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU a
+        killed run ends like one that was not. Saves first, every 30 s, when stopped, at the end."""
         total, stopped_by = self.config.steps, []
 
         def stop(number, frame):
@@ -753,7 +728,7 @@ class Run:
                     raise KeyboardInterrupt(stop_now)
 
     def due(self, times):
-        """True when another of ``times`` equal parts of the run is done, except for the last."""
+        """True in the first step after each of ``times`` equal parts of the run but the last."""
         part = self.config.steps / times
         return self.step > 0 and self.step // part > (self.step - 1) // part
 
@@ -803,7 +778,7 @@ class Run:
             return
         held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
         print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
-              ", ".join(f"{name[5:]} {value:.4g}" for name, value in held_out.items()))
+              ", ".join(f"{name[5:]} {value:.5g}" for name, value in held_out.items()))
         if self.written:
             print("wrote", ", ".join(self.written.values()))
 # ---- end block ----
@@ -816,7 +791,7 @@ import struct
 
 
 def grid(images, columns, scale=2):
-    """Pictures (N, C, H, W) in [0, 1] -> one sheet, bytes (height, width, C); any N fits."""
+    """Pictures (N, C, H, W) in [0, 1] -> one sheet, bytes (height, width, C); any N from 1 on."""
     columns = min(columns, len(images))
     images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
     images = F.pad(images, (0, 1, 0, 1), value=64)                            # a thin grey line
@@ -970,7 +945,7 @@ Images = namedtuple("Images", "train train_labels test test_labels names")
 
 
 def is_photographs(name):
-    """Whether this is a .zip, or a folder other than one of IDX files."""
+    """Whether this exists and is no folder of IDX files."""
     path = Path(name)
     here = name not in ("", "digits", "cifar10", *PUBLISHED) and path.exists()
     return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
@@ -989,11 +964,9 @@ def settle_shape(config, multiple):
 
 def draw_digits(count, seed):
     """Handwriting: bytes (count, 1, 28, 28), and labels digit + 10 * bold + 20 * slanted, (count,).
-
     A stroke is a smooth curve through jittered points, its ink a sum of Gaussian blobs along it. A
     blob is separable, so the sum is a matrix product: (28, places) @ (places, 28). Clamping makes
-    it a stroke with soft edges.
-    """
+    it a stroke with soft edges."""
     g = seeded("digits", seed)
     digit, bold, slanted = (torch.randint(n, (count,), generator=g) for n in (10, 2, 2))
     jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
@@ -1061,9 +1034,8 @@ def read_idx_files(name, data_dir):
     x, y, x_test, y_test = tensors
     if not (x.shape == (*y.shape, 28, 28) and x_test.shape == (*y_test.shape, 28, 28)):
         fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
-    if max(y.max(), y_test.max()) > 9:
-        fail(f"{folder}: a label is above 9")
-    names = FASHION if name == "fashion" else DIGITS
+    more = [str(i) for i in range(10, int(max(y.max(), y_test.max())) + 1)]  # of letters, say
+    names = FASHION if name == "fashion" else DIGITS + more
     return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
 
 
@@ -1091,11 +1063,10 @@ def read_cifar10(data_dir):
 
 
 def read_photographs(path, size):
-    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square.
-
-    The innermost folder names what a picture shows; where there is none, it is a "picture". Folders
-    train and test say what is what; if one is missing, every tenth picture, by name, is held out.
-    """
+    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square. The
+    innermost folder names what a picture shows; where there is none, it is a "picture". Folders
+    train and test say what is what; if one is missing, every tenth picture, by name, is held
+    out."""
     files, labels, splits = picture_files(path), [], []
     for name in files:
         *folders, _ = name.lower().split("/")
@@ -1157,8 +1128,6 @@ def load_images(name, data_dir, size=28, channels=1):
 
 
 # ==== Pictures that train writes ==================================================================
-
-
 def draw_samples(run, model):
     """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each number."""
     run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
@@ -1172,7 +1141,7 @@ def draw_samples(run, model):
 
 
 def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, below each how it came back."""
+    """reconstructions.png: four rows of originals, below each what was rebuilt of a toss of it."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
         rebuilt = model.picture(mean_codes(model, test)).cpu()
