@@ -443,8 +443,8 @@ def test_judge_weighs_a_short_last_batch_rightly(data):
         expected = vae.kl_divergence(*model.encode(x)).mean().item()
     assert figures["test_kl"] == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
-        draws = vae.seeded("draws")
-        log_w = torch.cat([vae.log_weights(model, some, 50, draws) for some in x.split(20)]).double()
+        g = vae.seeded("draws")
+        log_w = torch.cat([vae.log_weights(model, some, 50, g) for some in x.split(20)]).double()
     expected = log_w.exp().mean(1).log().mean().item()  # L_50, written as in the paper
     assert figures["test_bound"] == pytest.approx(expected, rel=1e-5)
     assert figures["test_elbo"] <= figures["test_bound"] and figures["test_kl"] > 0
