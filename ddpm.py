@@ -1138,7 +1138,7 @@ def read_idx_files(name, data_dir):
     if not (x.shape == (*y.shape, 28, 28) and x_test.shape == (*y_test.shape, 28, 28)):
         fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
     more = [str(i) for i in range(10, int(max(y.max(), y_test.max())) + 1)]  # of letters, say
-    names = FASHION if name == "fashion" else DIGITS + more
+    names = (FASHION if name == "fashion" else DIGITS) + more
     return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
 
 

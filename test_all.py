@@ -125,6 +125,20 @@ def test_idx_files_are_read(data):
     assert images.names[3] == "three"
 
 
+def test_letters_have_labels_above_nine(tmp_path):
+    folder = write_idx_folder(tmp_path / "d", 20, 5)
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(torch.tensor([1, 26, 3, 10, 11])))
+    images = ddpm.load_images(str(folder), "")
+    assert [images.names[i] for i in images.test_labels] == ["one", "26", "three", "10", "11"]
+
+
+def test_a_folder_is_the_same_however_it_is_written():
+    for data in ("pictures/", "./pictures", "a/../pictures"):
+        config = vae.Config(data=data)
+        assert (config.data, config.out) == ("pictures", str(Path("out", "vae-pictures")))
+    assert cyclegan.Config(data="one/,./two").data == "one,two"
+
+
 @pytest.mark.parametrize("labels", [b"\0\0\x08\0\5", b"\0\0\x08\2\0\0\0\5\0\0\0\1" + b"\1" * 5])
 def test_labels_are_one_for_each_picture(tmp_path, labels):
     folder = write_idx_folder(tmp_path / "d", 20, 5)
