@@ -20,7 +20,7 @@ detective sees to it that it looks like a zebra, the way back that it is still t
     python cyclegan.py --data horse2zebra --width 24 --cycle-weight 3 --identity-weight 1 \
         --learning-rate 4e-4 --steps 16000       the paper's photographs (downloaded once)
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --cycle-weight 3 \
-        --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/gpu                on a GPU
+        --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/cyclegan-gpu  on a GPU
 
 Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a row each: A, as B,
 back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first

@@ -20,7 +20,7 @@ the network's opinion is multiplied by the guidance.
     python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
     python ddpm.py --data cifar10 --prompt "a horse"       in colour; --data FOLDER: photographs
-    python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/gpu    on a GPU
+    python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/ddpm-gpu  on a GPU
     torchrun --nproc-per-node=N ddpm.py ...                the same on N of them
 
 Look into out/ddpm: forward.png (the destruction), samples.png (its rows rise in guidance),

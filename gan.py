@@ -19,7 +19,7 @@ every new forgery. If the forger wins, the detective is left with tossing a coin
     python gan.py --export 10000                           once trained: as many numbered PNG files
     python gan.py --data mnist                             MNIST (downloaded once)
     python gan.py --data photographs/ --image-size 64 --learning-rate 1e-3 --r1 5       in colour
-    python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gpu     on a GPU
+    python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gan-gpu  on a GPU
 
 Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
 last), interpolation.png, with stylegan mixing.png and truncation.png, neighbours.png (twenty

@@ -22,7 +22,7 @@ guess well it has to spell, to close brackets, to remember who is speaking; nobo
     python gpt.py --data ~/notes                             your own file, or folder of files
     python gpt.py --data shakespeare --vocab-size 2048 --dropout 0 --steps 430    (downloaded once)
     python gpt.py --data shakespeare --vocab-size 1024 --layers 6 --heads 6 --width 384 \
-        --block-size 256 --batch-size 32 --dropout 0.3 --steps 1000 --compile --out out/gpu
+        --block-size 256 --batch-size 32 --dropout 0.3 --steps 1000 --compile --out out/gpt-gpu
                                                              (this is for a GPU)
     torchrun --nproc-per-node=N gpt.py ...                   the same on N of them
 
