@@ -10,23 +10,23 @@
                                                                to what a U-Net guesses x_0 to be
     "a thin upright three" --> one vector --> into every residual block of the U-Net
 
-To make a picture in one stroke is hard. To make a noisy picture a little less noisy is a humble
+Making a picture in one stroke is hard. Making a noisy picture a little less noisy is a humble
 skill, and any picture, noised, is a lesson in it with the answer attached. Applied again and again
-to pure static, it lets a picture emerge that never was. Words steer it: what the prompt changes in
+to pure static, it brings out a picture that never was. Words steer it: what the prompt changes in
 the network's opinion is multiplied by the guidance.
 
     python ddpm.py                                         on digits that this script draws itself
     python ddpm.py --prompt "a bold slanted seven"         once trained: draw this
-    python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as Ho et al.
+    python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as in Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
     python ddpm.py --data cifar10 --prompt "a horse"       in colour; --data FOLDER: photographs
-    python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/ddpm-gpu  on a GPU
+    python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/ddpm-gpu  (GPU)
     torchrun --nproc-per-node=N ddpm.py ...                the same on N of them
 
 Look into out/ddpm: forward.png (the destruction), samples.png (its rows rise in guidance),
 denoising.png (an animation), neighbours.png (each sample above the training picture nearest to it),
-metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with the settings of
-the checkpoint where none are given; on a finished model it only samples (--seed 1: other samples).
+metrics.csv, checkpoint.pt. Run the same command again and it goes on where it stopped; settings not
+given come from the checkpoint; on a finished model it only samples (--seed 1: other samples).
 On two cores of an AMD EPYC the plain command takes 78 s (Zen 5) to 261 (Zen 3). On MNIST ten
 minutes (Zen 5) reach a Frechet distance of 1.3 to the test pictures at guidance 1.5 (README).
 
@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# What is used and not defined above its use stands below, after the last chapter.
+# Whatever is used before it is defined stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -69,14 +69,14 @@ class Config:
     vocab_size: int = knob(256, "words that captions may use, and one more", 2, 2**16)
     drop_caption: float = knob(0.1, "share of pictures shown without caption, for guidance", 0, 1)
     unseen: str = knob("thin upright two, bold upright four, thin slanted nine, bold slanted seven",
-                       "kinds kept out of training, to see whether words combine; comma between")
+                       "kinds kept out of training, to see whether words combine; comma-separated")
     steps: int = knob(2000, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(32, "pictures a step, over all processes", 1, 2**16)
-    learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
-    prompt: tuple = knob((), "what to draw; may be given several times; if never, some kinds")
+    learning_rate: float = knob(4e-3, "peak of its schedule; lower it if training diverges", 0, 1)
+    prompt: tuple = knob((), "what to draw; may be given several times; if not given, some kinds")
     guidance: float = knob(2.0, "0: no prompt, 1: as trained, more: closer to the prompt", 0, 100)
     sampling_steps: int = knob(25, "steps from static to picture; T at most", 1, 10**5)
-    eta: float = knob(0.0, "share of fresh noise in them: 0 DDIM, 1 DDPM", 0, 1)
+    eta: float = knob(0.0, "share of fresh noise in each step: 0 DDIM, 1 DDPM", 0, 1)
     test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
@@ -95,14 +95,14 @@ class Config:
 
 
 # ==== 1. Pictures and what is said of them ========================================================
-# load_images (block `images`, below) has all pictures in memory, as bytes, and a name for each kind
-# of them. B is the batch; C, H, W are the channels, height and width of a picture: 1, 28, 28, or in
+# load_images (block `images`, below) holds all pictures in memory, as bytes, with a name for each
+# kind. B is the batch; C, H, W are the channels, height and width of a picture: 1, 28, 28, or in
 # colour 3, 32, 32; shapes beside the code are those of 28x28.
 
 
 def captions(name):
     """Six things that may be said of a picture: "an ankle boot" six times; of a drawn digit all of
-    it three times, and three times less. (The article goes by sound: "a one", "a unicorn".)"""
+    it three times, then three shorter. (The article goes by sound: "a one", "a unicorn".)"""
     said = [name] * 6
     if parts := re.fullmatch(r"(thin|bold) (upright|slanted) (\w+)", name):
         weight, slant, digit = parts.groups()
@@ -125,8 +125,8 @@ def scaled(pictures):
 #
 #   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 #
-# so training may jump to any t at once. At T hardly any signal may be left: sampling begins with
-# pure static, and must begin where training was.
+# so training can jump straight to any t. At T almost no signal must remain: sampling begins with
+# pure static, so training must have seen that.
 
 
 def cosine_schedule(steps):
@@ -154,14 +154,14 @@ def diffuse(alpha_bar, x0, t, eps):
 # What should the network predict? Ho et al. ask it for the noise, we for the picture; given x_t,
 # each follows from the other. Near T a small error in the noise is a large one in the picture. For
 # small t, on the other hand, x_t shows more of the picture than a network could repeat. So the
-# guess begins with x_t, and with less of it the more noise there is (k as in Karras et al. 2022,
+# guess starts from x_t, taking less of it the more noise there is (k as in Karras et al. 2022,
 # table 1; there K is the data's deviation):
 #
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
 # sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is a level of
-# noise that can hardly be seen: below it x_t passes through, well above it hardly any of x_t does,
-# or haze would stay on black. Colour has little black, and more detail than a small network can
+# noise you can hardly see: below it x_t passes through; well above it almost none of x_t does, or
+# a haze would stay on black. Colour has little black, and more detail than a small network can
 # repeat: K = 0.1 there gives 7.3 bits a value (chapter 6) and a little grain, 0.02 gives 16
 # (CIFAR-10, 700 steps).
 K = {1: 0.02, 3: 0.1}  # by the number of channels
@@ -186,7 +186,7 @@ class PromptEncoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
 
     def learn(self, names):
-        """From now on it knows the words in the captions of these names."""
+        """From now on, know the words in the captions of these names."""
         texts = [text for name in names for text in captions(name)]
         self.names, self.words = names, sorted({word for text in texts for word in text.split()})
         if len(self.words) >= self.word.num_embeddings:
@@ -225,8 +225,8 @@ def time_embedding(t, size, period=10000):
 class Residual(nn.Module):
     """x + f(x, e): (B, in, H, W) and (B, E) -> (B, out, H, W). e, time plus prompt, scales and
     shifts the channels between two convolutions (Dhariwal, Nichol 2021, arXiv:2105.05233, section
-    3). Ho et al. add it, which did worse here (README). The last layer starts at zero, and with it
-    f. Where the channels change, a 1x1 convolution brings x to them."""
+    3). Ho et al. add it, which did worse here (README). The last layer starts at zero, so f does
+    too. Where the number of channels changes, a 1x1 convolution adapts x."""
 
     def __init__(self, inside, outside, size):
         super().__init__()
@@ -271,8 +271,8 @@ class UNet(nn.Module):
     The way down sees the whole, the skip keeps the detail (Ronneberger et al. 2015,
     arXiv:1505.04597). Folding 2x2 pixels into channels loses nothing, and no convolution runs at
     28x28, where it would cost four times what it costs at 14x14: 64 MFLOP a picture in all. For
-    64x64 or 128x128 fold 4x4 or 8x8 at first, and unfold so at last: the 2 in fold1 and unfold1
-    becomes 4 or 8, and 4 C channels become 16 C or 64 C. The rest stays, and costs what it costs at
+    64x64 or 128x128 fold 4x4 or 8x8 at the start, and unfold to match: the 2 in fold1 and unfold1
+    becomes 4 or 8, and 4 C channels become 16 C or 64 C. The rest stays, at the same cost as for
     32x32."""
 
     def __init__(self, config):
@@ -314,7 +314,7 @@ class UNet(nn.Module):
 
 # ==== 4. Objective and training ===================================================================
 def draw_batch(model, labels, table):
-    """What chance decides beside the pictures: t (B,), eps (B, C, H, W), tokens (B, words). t is
+    """Draw t (B,), eps (B, C, H, W), and tokens (B, words) out of table (kinds, 6, words). t is
     spread evenly over 1 ... T, one in each of B equal parts (much as in Kingma et al. 2021,
     arXiv:2107.00630, appendix I.1): batches then differ less in how hard they are."""
     B, T = len(labels), model.config.diffusion_steps
@@ -326,10 +326,10 @@ def draw_batch(model, labels, table):
 
 
 def objective(model, x0, t, eps, tokens):
-    """Squared error of x_0's guess, times 1 + signal / noise, this factor being 5 at most. Times
-    signal / noise it would be the squared error of the noise: L_simple of Ho et al. (equation 14).
-    That asks hardly anything near T, where pictures take shape, and much where x_t shows all of x_0
-    already. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor near T;
+    """Squared error of the guess of x_0, times 1 + signal / noise, capped at 5. With signal / noise
+    alone it would be the squared error of the noise: L_simple of Ho et al. (equation 14).
+    That asks hardly anything near T, where pictures take shape, and much where x_t already shows
+    all x_0. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor near T;
     the limit is from Hang et al. 2023, who limit signal / noise to 5."""
     guess = model(diffuse(model.alpha_bar, x0, t, eps), t.to(x0.device), tokens.to(x0.device))
     weight = (1 + signal_to_noise(model.alpha_bar, t)).clamp(max=5).to(x0)
@@ -343,7 +343,7 @@ def schedule(progress):
 
 def averaged(model):
     """A running mean of the weights, over some hundreds of steps: better than the last weights. At
-    first it is over fewer: it would remember the random beginning otherwise."""
+    first it covers fewer, or it would remember the random beginning."""
     def follow(averages, weights, count):
         decay = min(0.998, (1 + count) / (10 + count))
         get_ema_multi_avg_fn(decay)(averages, weights, count)
@@ -361,7 +361,7 @@ def train(config):
     ema = averaged(model)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     run = Run(config, model=model, average=ema, optimizer=optimizer)
-    run.agree = highest  # of several processes all stop, or none
+    run.agree = highest  # if one process stops, all do
     if not run.finished:
         data, table = prepare(run, model, ema.module)
         for step in run.steps():
@@ -381,7 +381,7 @@ def train(config):
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
             ema.update_parameters(model)
-            if run.due(5):  # now and then, to see how it comes on
+            if run.due(5):  # now and then, to see how it is coming on
                 draw_samples(run, ema.module)
         draw_forward(run, ema.module, data)
         draw_neighbours(run, ema.module, data)
@@ -394,14 +394,14 @@ def train(config):
 
 
 # ==== 5. Sampling =================================================================================
-# One step back, from t to an earlier s. Ask the network what x_0 may be; then put noise on that
-# again, as much as there is at s: a part of it the noise that we see in x_t, a part fresh.
+# One step back, from t to an earlier s. Ask the network what x_0 may be; then add noise to that
+# again, as much as there is at s: part of it the noise that we see in x_t, part of it fresh.
 
 
 def step_back(alpha_bar, x0, xt, t, s, eta):
     """Mean (B, C, H, W) and standard deviation of x_s, given x_t and x_0, s < t two numbers. Song
     et al. 2020, equations 12 and 16. With eta 1 it is Bayes' posterior q(x_s | x_t, x_0), and from
-    t to t - 1 the step of Ho et al. (equation 7); with eta 0 there is no chance in it, and it can
+    t to t - 1 the step of Ho et al. (equation 7); with eta 0 nothing is random, and it can
     jump far. At s = 0 it is x_0 itself: no noise at the last step."""
     a, b = alpha_bar[t].item(), alpha_bar[s].item()
     sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
@@ -410,7 +410,7 @@ def step_back(alpha_bar, x0, xt, t, s, eta):
 
 
 def guided(model, x, t, tokens, guidance):
-    """x_0's guess, away from what it would be without the prompt (Ho, Salimans 2022, equation 6).
+    """The guess of x_0, away from the one without the prompt (Ho, Salimans 2022, equation 6).
     guidance (B,): 0 is without, 1 with the prompt, 2 twice as far; the paper's w is guidance - 1.
     Given x_t the noise is a multiple of x_0 plus a constant, so guidance of either is the same."""
     if (guidance == 1).all():
@@ -423,7 +423,7 @@ def guided(model, x, t, tokens, guidance):
 def denoise(model, prompts, sampling_steps, guidance, eta, seed):
     """Yield x (N, C, H, W): static, then the picture after each step, at last in [-1, 1]."""
     if not prompts or isinstance(prompts, str) or sampling_steps < 1:
-        fail("a list of prompts is needed (the empty one is \"\"), and a step at least")
+        fail("a list of prompts is needed (the empty one is \"\"), and at least one step")
     noise = None if seed is None else seeded(seed, "sample")
     device, T = model.out.weight.device, model.config.diffusion_steps
     tokens = model.prompt.tokens(prompts).to(device)
@@ -452,7 +452,7 @@ def sample(model, prompts, sampling_steps=25, guidance=2.0, eta=0.0, seed=None):
 
 
 def load(path, device="cpu"):
-    """The averaged model of a checkpoint, in eval mode. UserError if it is none of ddpm.py's."""
+    """The averaged model of a checkpoint, in eval mode. UserError if it is not one of ddpm.py's."""
     state = read_checkpoint(path)
     average = averaged(UNet(Config(**state["config"])))
     with fitting(path):
@@ -478,7 +478,7 @@ ERROR = 0.02
 def log_decoder(x0, mean, sigma):
     """log p(x_0 | x_1), (B, C, H, W): the share of N(mean, sigma^2) in each pixel's bin of 2/255;
     the bins of black and white reach to infinity (Ho et al. 2020, equation 13)."""
-    gap = (x0 - mean).abs()  # a Gaussian is symmetric, and mean lies between black and white
+    gap = (x0 - mean).abs()  # symmetric: high is the edge nearer the mean, low the outer one
     high = torch.special.log_ndtr((1 / 255 - gap) / sigma)
     low = torch.special.log_ndtr((-1 / 255 - gap) / sigma).masked_fill(x0.abs() > 0.999, -math.inf)
     return high + torch.log1p(-(low - high).exp())
@@ -486,8 +486,8 @@ def log_decoder(x0, mean, sigma):
 
 def bits_per_dim(model, images, every=1, seed=None):
     """The bound L in bits per value, prompt empty: (B, C, H, W) in [0, 1], 256 levels -> (B,). With
-    ``every`` > 1 each KL within the sum is taken for one picture in ``every`` only, that many times
-    as heavily: then only the mean over the pictures has a meaning."""
+    ``every`` > 1 each KL within the sum is taken for only one picture in ``every``, weighted that
+    many times: then only the mean over the pictures means anything."""
     noise = None if seed is None else seeded(seed, "bits")
     device, T, alpha_bar = model.out.weight.device, model.config.diffusion_steps, model.alpha_bar
     x0 = (2 * images - 1).to(device)

@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# What is used and not defined above its use stands below, after the last chapter.
+# Whatever is used before it is defined stands below, after the last chapter.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
