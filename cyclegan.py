@@ -353,7 +353,7 @@ def train(config):
         due = 4 * config.r1 if step % 4 == 0 else 0  # in one step of four, fourfold: it is costly
         run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, due))
         ema.update_parameters(G)
-        if run.due(5):  # now and then, to see how it comes on
+        if run.due(5):  # now and then, to see how it is getting on
             draw_translations(run, ema.module, test)
     if not run.finished:
         draw_training(run, ema.module, test)

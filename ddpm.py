@@ -381,7 +381,7 @@ def train(config):
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
             ema.update_parameters(model)
-            if run.due(5):  # now and then, to see how it is coming on
+            if run.due(5):  # now and then, to see how it is getting on
                 draw_samples(run, ema.module)
         draw_forward(run, ema.module, data)
         draw_neighbours(run, ema.module, data)

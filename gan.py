@@ -3,28 +3,28 @@
 # dependencies = ["torch>=2.13", "tqdm>=4.66", "pillow>=10"]
 # ///
 # SPDX-License-Identifier: MIT
-"""The adversarial network: a forger and a detective, and what becomes of their duel.
+r"""The adversarial network: a forger and a detective, and what becomes of their duel.
 
     z ~ N(0, I) --> Generator, the forger --> a fake ----\
                                                           --> Discriminator, the detective --> real?
                          a picture of the data set ------/
 
-The forger never sees a real picture. All it learns, it learns from the detective, by whose network
+The forger never sees a real picture. All it learns, it learns from the detective, whose network
 it asks: which way must my pixels change for you to believe me? The detective in turn learns from
-every new forgery. If the forger wins, the detective is left with tossing a coin.
+every new forgery. If the forger wins, the detective can only toss a coin.
 
     python gan.py                                          on digits that this script draws itself
     python gan.py --generator dcgan                        the forger of 2015, without styles
     python gan.py --truncation 0.7                         once trained: tamer samples
-    python gan.py --export 10000                           once trained: as many numbered PNG files
+    python gan.py --export 10000                           once trained: 10,000 numbered PNG files
     python gan.py --data mnist                             MNIST (downloaded once)
     python gan.py --data photographs/ --image-size 64 --learning-rate 1e-3 --r1 5       in colour
     python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gan-gpu  on a GPU
 
-Look into out/gan: samples.png, training.png (an animation: the same z from the first step to the
-last), interpolation.png, with stylegan mixing.png and truncation.png, neighbours.png (twenty
-samples, each above the training picture nearest to it), metrics.csv, checkpoint.pt. The same
-command again goes on where it stopped, with the settings of the checkpoint where none are given;
+Look in out/gan: samples.png, training.png (an animation: the same z from the first step to the
+last), interpolation.png, mixing.png and truncation.png (stylegan only), neighbours.png (twenty
+samples, each above the training picture nearest to it), metrics.csv, checkpoint.pt. Run the
+same command again and it goes on where it stopped; settings not given come from the checkpoint;
 on a finished model it only samples (--seed 1: other samples).
 
 On two cores of an AMD EPYC the plain command trains for 44 s (Zen 5) to 194 s (Zen 3). On MNIST
@@ -60,19 +60,19 @@ def knob(default, about, *within):
 @dataclass
 class Config:
     """Every setting, model first; the command line is made from it."""
-    generator: str = knob("stylegan", "stylegan, in styles, or dcgan", "stylegan", "dcgan")
+    generator: str = knob("stylegan", "stylegan, built on styles, or dcgan", "stylegan", "dcgan")
     latent_dim: int = knob(16, "numbers in z, and in w; 64 for long runs of stylegan", 2, 512)
     width: int = knob(16, "channels at half the picture's size; a multiple of 8", 8, 512)
-    image_size: int = knob(0, "28, or a power of two from 16; 0: 28, of colour data 32", 0, 1024)
+    image_size: int = knob(0, "28, or a power of two from 16; 0: 28, or 32 for colour", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
-    r1_every: int = knob(8, "steps from one penalty to the next; one counts for all", 1, 1000)
-    mixing: float = knob(0.5, "share of stylegan's fakes in two styles", 0, 1)
-    truncation: float = knob(1.0, "of stylegan: below 1, nearer to the average picture", 0, 2)
+    r1_every: int = knob(8, "steps between penalties, each scaled up to match", 1, 1000)
+    mixing: float = knob(0.5, "share of stylegan's fakes that mix two styles", 0, 1)
+    truncation: float = knob(1.0, "for stylegan: below 1, closer to the average picture", 0, 2)
     steps: int = knob(4000, "steps in all, each an update of both", 1, 10**8)
     batch_size: int = knob(16, "pictures a step, and as many fakes; a multiple of 4", 4, 2**16)
-    learning_rate: float = knob(2e-3, "of both; less where training diverges", 0, 1)
-    export: int = knob(0, "write so many samples into export/, as PNG files", 0, 10**6)
+    learning_rate: float = knob(2e-3, "for both; lower it if training diverges", 0, 1)
+    export: int = knob(0, "write this many samples to export/, as PNG files", 0, 10**6)
     test_images: int = knob(2000, "held-out pictures to judge on", 10, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
@@ -80,7 +80,7 @@ class Config:
     data_dir: str = knob("data", "where downloads are kept")
     seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; out/gan, and generator and data if unusual")
+    out: str = knob("", "folder of the results; if empty, out/gan, or out/gan-dcgan-mnist, say")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class Config:
 
 
 # ==== 1. The pictures =============================================================================
-# load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
+# load_images (block `images`, below) holds them all in memory as bytes. B is the batch; C, H, W are
 # the channels, height and width of a picture: 1, 28, 28, or in colour 3, 32, 32. L is latent_dim.
 
 
@@ -105,7 +105,7 @@ def scaled(pictures):
 
 def levels(config):
     """Resolution and channels of each level, coarse to fine: (7, 2 width), (14, width) for 28x28.
-    The finest level has half of the picture's resolution: each 2x2 pixels become the channels of
+    The finest level has half of the picture's resolution: each 2x2 block becomes the channels of
     one. Nothing is lost, and no convolution runs at 28x28, where it would cost four times as much.
     Larger pictures have more levels, and that is all that changes here; their detail asks for more
     --width and --steps, and for an --r1 that grows with the number of pixels."""
@@ -124,8 +124,8 @@ def conv(inside, outside):
 # Radford, Metz and Chintala found, among many that fail, a pair of networks that trains. What they
 # did, and what stands here instead (what each change brought is in the README):
 #
-# - no pooling: the networks learn how to shrink and to grow pictures. There by convolutions with
-#   stride, here by folding 2x2 pixels into channels and back;
+# - no pooling: the networks learn how to shrink and to grow pictures. There by strided
+#   convolutions, here by folding 2x2 pixels into channels and back;
 # - batch normalisation keeps signals and gradients at one size from layer to layer, and fakes apart
 #   from each other. But it makes a picture depend on its neighbours in the batch, and needs other
 #   statistics afterwards. Here the forger normalises each picture by itself (GroupNorm), and the
@@ -134,8 +134,8 @@ def conv(inside, outside):
 #   detective, and a plain ReLU would let none pass where it is off;
 # - tanh at the end of the forger: real pixels have bounds, and fakes must not give themselves away
 #   by having none;
-# - z had 100 numbers there, here 16; weights came from N(0, 0.02^2), here they start as PyTorch has
-#   them.
+# - z had 100 numbers there, here 16; weights came from N(0, 0.02^2), here they start from PyTorch's
+#   defaults.
 
 
 class DCGAN(nn.Module):
@@ -165,13 +165,13 @@ class DCGAN(nn.Module):
 
 # ==== 3. The forger of 2018: StyleGAN =============================================================
 # In DCGAN z enters once, at the start, and each level has to pass on what the next ones need.
-# StyleGAN turns it over: the picture grows from a learned constant, the same for all; z becomes, by
-# the mapping network, a style w, and w tells every layer how strongly each feature shall count.
+# StyleGAN turns this around: the picture grows from a learned constant, the same for all. The
+# mapping network turns z into a style w, and w tells every layer how strongly each feature counts.
 
 
 class StyledConv(nn.Module):
     """A convolution; w scales its input channels: (B, in, H, W), (B, L) -> (B, out, H, W).
-    StyleGAN2 scales weights, another set for each picture. To scale the activations going in, by s,
+    StyleGAN2 scales the weights, anew for each picture. Scaling the incoming activations by s
     is the same and cheaper (section 2.2 there: conv(s x, W) = conv(x, s W)). Demodulation divides
     each output channel by the length of its scaled weights, sqrt(sum of (s W)^2): for independent
     inputs of unit variance the output has unit variance again (equation 3)."""
@@ -248,18 +248,18 @@ class StyleGAN(nn.Module):
 FORGERS = {"dcgan": DCGAN, "stylegan": StyleGAN}
 
 
-def draw(model, n, generator=None):
+def draw(model, n, rng=None):
     """All that chance decides in n pictures: z (n, L), and for stylegan noise (n, 1, h, w) in each
     layer (where a hair lies, not whether there is hair), in one list, on the model's device."""
     device = next(model.parameters()).device
-    return [torch.randn(n, *shape, generator=generator).to(device) for shape in model.chance]
+    return [torch.randn(n, *shape, generator=rng).to(device) for shape in model.chance]
 
 
 # ==== 4. The detective ============================================================================
 class Discriminator(nn.Module):
     """Pictures (B, C, H, W) -> logits (B,): above 0 it says real, below fake. It is also told how
-    much pictures differ in each group of four of the batch (Karras et al. 2017, arXiv:1710.10196,
-    section 3): a forger who paints one picture again and again gives himself away. If four does not
+    much the pictures in each group of four differ (Karras et al. 2017, arXiv:1710.10196,
+    section 3): a forger that paints one picture again and again gives itself away. If four does not
     divide the batch, it is told nothing."""
 
     def __init__(self, config):
@@ -295,7 +295,7 @@ def detective_loss(real, fake):
 
 def forger_loss(fake):
     """-log D(G(z)) instead of log(1 - D(G(z))). Both fall as the detective is fooled, but while it
-    is not (sigmoid near 0), the slope of the second by the logit is near 0, too: who is caught
+    is not (sigmoid near 0), the slope of the second by the logit is near 0, too: a forger caught
     every time would learn nothing. The slope of the first is near -1 (section 3 there)."""
     return F.softplus(-fake).mean()
 
@@ -310,8 +310,8 @@ def r1_penalty(discriminator, real):
 
 def detective_turn(discriminator, optimizer, real, fake, r1=0.0):
     """One step of the detective, on pictures (B, C, H, W) of both kinds; ``r1`` is the weight of
-    the penalty in this step -> its figures. To it fakes are but pictures: detach cuts the way back
-    to the forger, whose turn comes."""
+    the penalty in this step -> its figures. To it, fakes are just pictures: detach cuts the path
+    back to the forger, whose turn comes next."""
     discriminator.requires_grad_(True)
     loss = detective_loss(discriminator(real), discriminator(fake.detach()))
     penalty = r1_penalty(discriminator, real) if r1 else 0
@@ -349,14 +349,14 @@ def forge(generator, n, mixing=0.0):
 # ==== 6. Training =================================================================================
 def schedule(progress):
     """Share of the full learning rate at ``progress`` 0 to 1: all of it for three tenths of the
-    way, then half a cosine down to 0. At the full rate to the end, the duel of dcgan goes astray:
+    way, then half a cosine down to 0. At the full rate to the end, dcgan's duel goes astray:
     on MNIST its fid is 7.1 after 4,000 steps, and 13 after 16,000."""
     return 0.5 + 0.5 * math.cos(math.pi * max(0.0, (progress - 0.3) / 0.7))
 
 
 def adam(net):
     """Adam without momentum, since what is right changes with every step of the other player. All
-    styles hang on w, so the mapping network learns at a tenth of the pace (Karras et al. 2018,
+    styles depend on w, so the mapping network learns at a tenth of the pace (Karras et al. 2018,
     appendix C: at a hundredth). That turned fid 15.0 into 5.2."""
     slow = [p for name, p in net.named_parameters() if name.startswith("mapping.")]
     rest = [p for name, p in net.named_parameters() if not name.startswith("mapping.")]
@@ -367,8 +367,8 @@ def adam(net):
 def averaged(model):
     """A running mean of the forger's weights; it reaches back over a ninth of the steps so far, 500
     at most. The two players chase each other in circles, and the middle of a circle is better than
-    a point of it (Yazici et al. 2018, arXiv:1806.04498): at the full rate fid 7.1 and the last
-    weights 14.3; once the rate has come down, they are equal."""
+    any point on it (Yazici et al. 2018, arXiv:1806.04498): at the full rate fid 7.1 against 14.3
+    for the last weights; once the rate has come down, they are equal."""
     def follow(averages, weights, count):
         decay = min(0.998, (1 + count) / (10 + count))
         get_ema_multi_avg_fn(decay)(averages, weights, count)
@@ -400,11 +400,11 @@ def train(config):
                 group["lr"] = rate * group["pace"]
             real = scaled(data.train[run.batch_rows(len(data.train))].to(device))
             fake = forge(G, len(real), config.mixing)                          # both (B, C, H, W)
-            due = config.r1 * config.r1_every if step % config.r1_every == 0 else 0
-            run.log(**detective_turn(D, optimizer_d, real, fake, due))
+            r1 = config.r1 * config.r1_every if step % config.r1_every == 0 else 0
+            run.log(**detective_turn(D, optimizer_d, real, fake, r1))
             run.log(**forger_turn(D, optimizer_g, fake))
             ema.update_parameters(G)
-            if run.due(5):  # now and then, to see how it comes on
+            if run.due(5):  # now and then, to see how it is getting on
                 draw_samples(run, ema.module)
                 run.log(**duel_score(ema.module, D, data.test[:1000]))
         draw_training(run, ema.module)
@@ -431,7 +431,7 @@ def sample(model, n, truncation=1.0, seed=None):
 
 
 def load(path, device="cpu"):
-    """The averaged forger of a checkpoint, in eval mode. UserError if it is none of gan.py's."""
+    """The averaged forger of a checkpoint, in eval mode. UserError if it is not one of gan.py's."""
     state = read_checkpoint(path)
     config = Config(**state["config"])
     average = averaged(FORGERS[config.generator](config))
@@ -443,7 +443,7 @@ def load(path, device="cpu"):
 # ==== 8. Judging, on pictures that neither has seen ===============================================
 def duel_score(model, D, test):
     """How often the detective is right, on held-out real pictures and on fakes: one half
-    on each is the forger's victory. And how varied the fakes are: a collapse to a few is named."""
+    on each is the forger's victory. And how varied the fakes are, with a warning of a collapse."""
     pictures = sample(model, len(test) // 4 * 4, seed="duel") * 2 - 1  # whole groups of four
     test = scaled(test[:len(pictures)].to(pictures.device))
     with evaluating(D):
@@ -460,7 +460,7 @@ def duel_score(model, D, test):
 
 def variety(pictures, like):
     """The median distance of a picture to its nearest among the rest (the second nearest, after
-    itself), over the same of real ones. Near 1 is well; towards 0 is collapse to a few pictures."""
+    itself), over the same for real ones. Near 1 is good; towards 0, collapse to a few pictures."""
     nearest, usual = (torch.cdist(x, x).topk(2, largest=False).values[:, 1].median()
                       for x in (pictures.flatten(1), like.flatten(1)))
     return (nearest / usual.clamp(min=1e-6)).item()
@@ -492,7 +492,7 @@ def two_sample_accuracy(a, b, steps=300):
 
 
 def judge(model, D, test):
-    """The figures for the end, on the first ``test_images`` held-out pictures."""
+    """The final figures, on the first ``test_images`` held-out pictures."""
     test = test[:model.config.test_images]
     fake = sample(model, len(test), seed="judge") * 2 - 1
     two = two_sample_accuracy(scaled(test), fake, min(300, len(test)))  # few are learnt by heart

@@ -314,7 +314,7 @@ def train(config):
             share = schedule((step + 0.5) / config.steps)  # and now the update
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
             optimizer.step()
-            if run.due(10):  # now and then, to see how it comes on
+            if run.due(10):  # now and then, to see how it is getting on
                 fit_gaussian(model, data.train[:10000])
                 draw_samples(run, model)
                 draw_reconstructions(run, model, data.test)
