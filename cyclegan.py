@@ -11,8 +11,8 @@ r"""The cycle: horses into zebras, and zebras into horses, without one matched p
 
 Nobody has photographs of one horse in both coats. But a pile of horses (A) and a pile of zebras (B)
 will do: a translator from A to B has to fool a detective, a network that tells B from fakes
-(gan.py), and a second translator, back to A, has to find the original in the translation. The
-detective sees to it that it looks like a zebra, the way back that it is still this horse.
+(gan.py), and a second translator, from B to A, has to recover the original from it. The detective
+makes sure that the result looks like a zebra, the way back that it is still this very horse.
 
     python cyclegan.py                                     on animals that this script draws itself
     python cyclegan.py --data horses/,zebras/ --out out/mine    your own two piles of photographs
@@ -24,10 +24,10 @@ detective sees to it that it looks like a zebra, the way back that it is still t
 
 Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a row each: A, as B,
 back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first
-step to the last), metrics.csv, checkpoint.pt, and what --translate made in translated/. The same
-command again goes on where it stopped, with the settings of the checkpoint where none are given.
+step to the last), metrics.csv, checkpoint.pt, and what --translate made in translated/. Run the
+same command again and it goes on where it stopped; settings not given come from the checkpoint.
 On two cores of an AMD EPYC (Zen 5) the plain command takes under three minutes. Mean error on the
-animal, of 255: 28 as a zebra, 16 as a horse; of a mere copy, 67 (README).
+animal, out of 255: 28 as a zebra, 16 as a horse; for a mere copy, 67 (README).
 
 Papers: Zhu, Park, Isola, Efros 2017 (arXiv:1703.10593), the cycle; Mao et al. 2016
 (arXiv:1611.04076), squares for the detective; Isola et al. 2016 (arXiv:1611.07004), the detective
@@ -64,12 +64,12 @@ class Config:
     blocks: int = knob(4, "residual blocks in the middle of a translator", 0, 64)
     image_size: int = knob(64, "height and width in training; a multiple of 4", 24, 1024)
     cycle_weight: float = knob(10.0, "how much finding the way back counts", 0, 1e4)
-    identity_weight: float = knob(5.0, "how much leaving its own kind alone counts", 0, 1e4)
+    identity_weight: float = knob(5.0, "how much leaving the target kind alone counts", 0, 1e4)
     r1: float = knob(10.0, "weight of the detectives' gradient penalty", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
-    steps: int = knob(2800, "steps in all, each of all four networks", 1, 10**8)
-    batch_size: int = knob(1, "pictures of each pile a step", 1, 2**10)
-    learning_rate: float = knob(5e-4, "of all networks; from half way on down to 0", 0, 1)
+    steps: int = knob(2800, "steps in all; each one trains all four networks", 1, 10**8)
+    batch_size: int = knob(1, "pictures from each pile per step", 1, 2**10)
+    learning_rate: float = knob(5e-4, "for all networks; from half way on it falls to 0", 0, 1)
     translate: str = knob("", "once trained: translate the pictures of this folder or .zip")
     to: str = knob("B", "what --translate translates to", "A", "B")
     test_images: int = knob(100, "held-out pictures of each pile to judge on", 1, 10**5)
@@ -90,16 +90,16 @@ class Config:
 
 
 # ==== 1. Two piles ================================================================================
-# load_piles (after the plumbing) has them in memory, to train on and to judge on: bytes (N, 3, H,
-# W), N pictures of height H and width W. In shapes, B is the batch. The animals are drawn, so of
-# them the truth is known as well: truth["B"] is test A drawn as zebras, truth["A"] test B as
-# horses, each with a mask that says where the animal is. No animal stands in two piles, so training
+# load_piles (after the plumbing) loads them, to train on and to judge by: bytes (N, 3, H, W), N
+# pictures of height H and width W. In shapes, B is the batch. The animals are drawn, so for them
+# the truth is known as well: truth["B"] is test A drawn as zebras, truth["A"] test B as
+# horses, each with a mask that says where the animal is. No animal is in two piles, so training
 # never sees this truth.
 Piles = namedtuple("Piles", "train_a train_b test_a test_b truth", defaults=(None,))
 
 
 def batch_of(pile, rows, size):
-    """Rows of a pile, each cropped and flipped by chance -> floats (B, 3, size, size), -1 to 1."""
+    """Rows of a pile, each cropped and flipped at random -> floats (B, 3, size, size), -1 to 1."""
     slack, pictures = pile.shape[2] - size, []
     for picture in pile[rows]:
         top, left, flip = torch.randint(slack + 1, (2,)).tolist() + [torch.rand(()) < 0.5]
@@ -124,8 +124,8 @@ def conv(inside, outside, kernel, stride=1):
 class Doubling(nn.Conv2d):
     """Each pixel repeated to 2x2, then a 3x3 convolution: (B, c, h, w) -> (B, out, 2 h, 2 w). Nine
     taps then meet no more than 2x2 different pixels. So it is computed at the small size, in 2.25
-    times fewer operations: four kernels of 2x2, one for each place in a group of 2x2, with the
-    weights of those taps added up that meet the same pixel. The result is the same; a step of
+    times fewer operations: four kernels of 2x2, one for each place in a group of 2x2, in which the
+    weights of all taps that meet the same pixel are added up. The result is the same; a step of
     translators 64 wide takes 2 to 12 % less time."""
 
     def forward(self, x):
@@ -141,7 +141,7 @@ class Doubling(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions whose result is added: (B, c, h, w) -> the same shape."""
+    """Two convolutions, added to their own input: (B, c, h, w) -> the same shape."""
 
     def __init__(self, width):
         super().__init__()
@@ -156,7 +156,7 @@ class Generator(nn.Module):
     """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W multiples of 4.
 
     Down to a quarter of the size, where a convolution sees four times as far, residual blocks
-    there, and up again. Three things are not the paper's. Each pixel is repeated and then
+    there, and up again. Three things differ from the paper. Each pixel is repeated and then
     convolved: a transposed convolution of kernel 3 and stride 2 hits some pixels more often than
     others, which shows as a checkerboard (Odena, Dumoulin, Olah 2016,
     distill.pub/2016/deconv-checkerboard). Group norm leaves the differences between the channels of
@@ -186,9 +186,9 @@ class Discriminator(nn.Module):
     verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and what
     the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. For r
     pixels out, a convolution of kernel 4 and stride s reads s (r - 1) + 4. With strides 1, 1, 2, 2,
-    2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (Of 64x64 a verdict in a corner
-    sees half, one in the middle nearly all.) The paper's has instance norms in between; here a
-    penalty on its slopes, below, keeps it in check (README: what the choices gained)."""
+    2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (A verdict in a corner of 64x64
+    sees half of it, one in the middle nearly all.) The paper's has instance norms in between; here
+    a penalty on its slopes, below, keeps it in check (README: what the choices gained)."""
 
     def __init__(self, config):
         super().__init__()
@@ -211,10 +211,10 @@ def verdict_loss(verdicts, wanted):
 
 
 class Buffer:
-    """Past fakes. A detective who sees but the latest ones forgets the older tricks, and the two
-    may go in circles. Once the buffer is full she gets, with equal chance, a fresh one or one from
-    the past, which the fresh one replaces (so the code of Zhu et al.; the idea: Shrivastava et al.
-    2016, section 2.3)."""
+    """Past fakes. A detective that sees only the latest ones forgets the older tricks, and the two
+    may go round in circles. Once the buffer is full, each time it gets either a fresh fake or, just
+    as likely, a past one, which the fresh one replaces (as in the code of Zhu et al.; the idea is
+    from Shrivastava et al. 2016, section 2.3)."""
 
     def __init__(self, size):
         self.size, self.pictures = size, []
@@ -248,19 +248,19 @@ class Translators(nn.Module):
 
 
 def translators_turn(G, D, optimizer, a, b, config):
-    """One step of both translators on real a and b, (B, 3, H, W) each -> the fakes of A and of B,
-    and its figures.
+    """One step of both translators on real a and b, (B, 3, H, W) each -> b as A, a as B, and the
+    figures.
 
-    fool      each translation shall please the detective of its new pile
-    cycle     there and back again, each picture shall be what it was: the detective would take the
-              same zebra for every horse
-    identity  a zebra shall stay as it is when translated to zebras. Without it little keeps the sky
-              from changing its colour, as long as it changes back
+    fool      each translation should convince the detective of its new pile
+    cycle     there and back again, each picture should be as it was: the detective alone would be
+              happy with one zebra for all horses
+    identity  a zebra should stay as it is when translated to a zebra. Otherwise little stops the
+              sky from changing colour, as long as it changes back
 
-    A mere copy of the picture pays for neither of the last two: where only copies come of
-    photographs, let both count less (README). Both are L1, absolute differences: where a pixel may
-    be black or white, the best guess is then the likelier of the two, their median; squares would
-    make it grey, their mean."""
+    A mere copy of the picture costs nothing in the last two: if photographs come out as mere
+    copies, let both count less (README). Both are L1, absolute differences: where a pixel may be
+    black or white, the best guess is then the likelier of the two, the median; with squares it
+    would be grey, the mean."""
     D.requires_grad_(False)  # gradients pass through the detectives; their weights get none
     # What to translate, and what to leave alone, in one batch: faster than two.
     as_b, same_b = G.to_b(torch.cat([a, b])).chunk(2)
@@ -276,9 +276,9 @@ def translators_turn(G, D, optimizer, a, b, config):
 
 
 def r1_penalty(detective, real):
-    """Mean over real pictures (B, 3, H, W) of the squared gradient of the mean verdict by the
-    pixels, halved (Mescheder et al. 2018, equation 9; gan.py). In place of instance norms it
-    took a third off the errors beside the animal, and a tenth off those on it (README)."""
+    """Mean over real pictures (B, 3, H, W) of the squared gradient of the mean verdict with respect
+    to the pixels, halved (Mescheder et al. 2018, equation 9; gan.py). In place of instance norms
+    it took a third off the errors beside the animal, and a tenth off those on it (README)."""
     real = real.detach().requires_grad_()
     verdicts = detective(real).mean((1, 2, 3))                                              # (B,)
     (slope,) = torch.autograd.grad(verdicts.sum(), real, create_graph=True)
@@ -314,7 +314,7 @@ def adam(net):
 
 def averaged(model):
     """The mean of the translators' weights over the last 200 steps or so: the two sides chase each
-    other in circles, and the middle of a circle is better than a point of it (gan.py)."""
+    other in circles, and the middle of a circle is better than any point on it (gan.py)."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
 
 
@@ -328,7 +328,7 @@ def train(config):
         Translators(config), nn.ModuleDict({side: Discriminator(config) for side in "ab"})))
     ema, optimizer_g, optimizer_d = averaged(G), adam(G), adam(D)
     past_a, past_b = Buffer(config.buffer), Buffer(config.buffer)
-    # From here on all is as the checkpoint has it, if there is one. It shall not hold --translate.
+    # From here on, all is as in the checkpoint, if there is one. --translate is not kept in it.
     run = Run(replace(config, translate="", to="B"), model=G, discriminators=D, average=ema,
               past_a=past_a, past_b=past_b, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     if run.finished and jobs:  # the checkpoint is all it takes
@@ -350,8 +350,8 @@ def train(config):
                 for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
         as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
         fakes = past_a.swap(as_a), past_b.swap(as_b)
-        due = 4 * config.r1 if step % 4 == 0 else 0  # in one step of four, fourfold: it is costly
-        run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, due))
+        r1 = 4 * config.r1 if step % 4 == 0 else 0  # costly, so every fourth step, fourfold
+        run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, r1))
         ema.update_parameters(G)
         if run.due(5):  # now and then, to see how it is getting on
             draw_translations(run, ema.module, test)
@@ -367,7 +367,7 @@ def train(config):
 # ==== 5. Translating ==============================================================================
 def translate(model, images, to="B"):
     """Pictures (B, 3, H, W) in [0, 1], H and W from 5 on -> their translations, likewise. Sizes
-    that 4 does not divide are continued at the right and below by reflection, and cut again."""
+    that 4 does not divide are padded by reflection at the right and below, then cropped."""
     device, (height, width) = next(model.parameters()).device, images.shape[2:]
     generator = {"A": model.to_a, "B": model.to_b}.get(to) or fail(f"to {to!r}: give A or B")
     with evaluating(model):
@@ -379,7 +379,7 @@ def translate(model, images, to="B"):
 
 
 def load(path, device="cpu"):
-    """The Translators of a checkpoint, in eval mode. UserError if it is none of cyclegan.py's."""
+    """The Translators of a checkpoint, in eval mode. UserError if it is not one of cyclegan.py's."""
     state = read_checkpoint(path)
     average = averaged(Translators(Config(**state["config"])))
     with fitting(path):
@@ -387,11 +387,11 @@ def load(path, device="cpu"):
     return average.module.to(device, memory_format=torch.channels_last).eval()
 
 
-# ==== 6. Judging, on pictures that were not trained on ============================================
+# ==== 6. Judging, on pictures never trained on ====================================================
 def judge(model, piles):
-    """Mean absolute error of finding the way back, 0 to 255, both ways; for the drawn animals also
-    the error against the truth, on the animal and beside it, its PSNR, 10 log10 (255^2 / mean
-    squared error), and all that for copying the input."""
+    """Mean absolute error after the way back, 0 to 255, both ways; for the drawn animals also the
+    error against the truth, on the animal and beside it, and the PSNR, 10 log10 (255^2 / mean
+    squared error); and the same for a mere copy of the input."""
     figures = {}
     for to, fro, x in (("B", "A", piles.test_a.float()), ("A", "B", piles.test_b.float())):
         made = translate(model, x / 255, to).cpu()
@@ -956,8 +956,8 @@ def to_translate(config):
 
 
 def translate_all(run, model, jobs, to):
-    """Each picture, whatever its size and shape. What cannot be read is left out, with a word about
-    it; UserError where nothing can."""
+    """Each picture, of any shape, from 16 pixels on. What cannot be read is left out, with a word
+    about it; UserError where nothing can."""
     troubles = []
     for name, read, path in jobs:
         try:

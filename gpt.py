@@ -436,7 +436,7 @@ def train(config):
                 optimizer.param_groups[0]["lr"] = rate * share
                 optimizer.step()
                 optimizer.zero_grad()
-            if run.due(5):  # now and then, to see how it is getting on (20,000 characters are enough)
+            if run.due(5):  # now and then, to see how it is getting on; 20,000 letters will do
                 run.log(held_out=nats_per_byte(model, held_out[:20000]))
                 new = config.prompt + generate(model, config.prompt, seed=config.seed)
                 run.write("samples.txt", new.encode("utf-8", "replace"))
