@@ -43,7 +43,7 @@ from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
-# Whatever is used before it is defined stands below, after the last chapter.
+# What no chapter defines is defined below the last one.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -379,7 +379,7 @@ def translate(model, images, to="B"):
 
 
 def load(path, device="cpu"):
-    """The Translators of a checkpoint, in eval mode. UserError if it is not one of cyclegan.py's."""
+    """The Translators of a checkpoint, in eval mode. UserError if it is no cyclegan.py checkpoint."""
     state = read_checkpoint(path)
     average = averaged(Translators(Config(**state["config"])))
     with fitting(path):

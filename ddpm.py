@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# Whatever is used before it is defined stands below, after the last chapter.
+# What no chapter defines is defined below the last one.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -452,7 +452,7 @@ def sample(model, prompts, sampling_steps=25, guidance=2.0, eta=0.0, seed=None):
 
 
 def load(path, device="cpu"):
-    """The averaged model of a checkpoint, in eval mode. UserError if it is not one of ddpm.py's."""
+    """The averaged model of a checkpoint, in eval mode. UserError if it is no ddpm.py checkpoint."""
     state = read_checkpoint(path)
     average = averaged(UNet(Config(**state["config"])))
     with fitting(path):

@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# Whatever is used before it is defined stands below, after the last chapter.
+# What no chapter defines is defined below the last one.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -431,7 +431,7 @@ def sample(model, n, truncation=1.0, seed=None):
 
 
 def load(path, device="cpu"):
-    """The averaged forger of a checkpoint, in eval mode. UserError if it is not one of gan.py's."""
+    """The averaged forger of a checkpoint, in eval mode. UserError if it is no gan.py checkpoint."""
     state = read_checkpoint(path)
     config = Config(**state["config"])
     average = averaged(FORGERS[config.generator](config))

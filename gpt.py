@@ -3,20 +3,20 @@
 # dependencies = ["torch>=2.13", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
-r"""GPT: guess the next token; a good guesser, fed with its own guesses, is a writer.
+r"""GPT: guess the next token; a good guesser, fed its own guesses, is a writer.
 
     text      "To be, or not to be"
-                 | bytes, and those that often stand together merged
+                 | bytes; those that often stand side by side are merged
     tokens    [To] [ be] [,]  [ or]  [ not] [ to]
                  | the Transformer: each token gathers what it needs from those on its left
     targets   [ be] [,] [ or] [ not] [ to]  [ be]      it gives every token a probability at each
                  | draw one, append it, guess again
     text      a new one
 
-Any text teaches it, without a teacher: the answer to "what comes next?" stands right there. To
+Any text will teach it, with no teacher: the answer to "what comes next?" is right there. To
 guess well it has to spell, to close brackets, to remember who is speaking; nobody programs that.
 
-    python gpt.py                                            on the manual that Python brings
+    python gpt.py                                            on the manual that comes with Python
     python gpt.py --prompt "The for statement"               once trained: let it go on from there
     python gpt.py --prompt "The for" --explain               what it thinks comes next
     python gpt.py --data ~/notes                             your own file, or folder of files
@@ -26,13 +26,13 @@ guess well it has to spell, to close brackets, to remember who is speaking; nobo
                                                              (this is for a GPU)
     torchrun --nproc-per-node=N gpt.py ...                   the same on N of them
 
-Look into out/gpt: samples.txt, metrics.csv, checkpoint.pt. The same command again goes on where it
-stopped, with the values of the checkpoint where none are given; on a finished model it only writes
+Look in out/gpt: samples.txt, metrics.csv, checkpoint.pt. Run the same command again and it goes on
+where it stopped; settings not given come from the checkpoint; on a finished model it only writes
 (--seed 1: another text). On two cores of an AMD EPYC the plain command takes 2.3 minutes (Zen 5) to
-4.3 (Zen 3); on Shakespeare, on Zen 5, a minute reaches a loss of 1.55 (chapter 3), 20 minutes 1.46.
+4.3 (Zen 3); the first one on Shakespeare takes a minute (Zen 5), to a loss of 1.55 (chapter 3).
 
 Papers: Radford et al. 2018 and 2019 (GPT and GPT-2); Vaswani et al. 2017 (arXiv:1706.03762), the
-Transformer. What has changed since is named where it stands.
+Transformer. What has changed since is noted where it comes up.
 """
 import codecs
 import math
@@ -45,7 +45,7 @@ from itertools import pairwise
 
 from tqdm import tqdm
 
-# Whatever is used before it is defined stands below, after the last chapter.
+# What no chapter defines is defined below the last one.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -61,18 +61,18 @@ def knob(default, about, *within):
 @dataclass
 class Config:
     """Every setting, model first; the command line is made from it."""
-    vocab_size: int = knob(512, "256: bytes; each one more is a merged pair", 256, 2**16)
+    vocab_size: int = knob(512, "256: just the bytes; each one beyond is a merged pair", 256, 2**16)
     block_size: int = knob(128, "tokens that a guess can look back on", 2, 2**16)
     layers: int = knob(4, "blocks of attention and MLP", 1, 200)
     heads: int = knob(4, "attention patterns in a layer; they share the width", 1, 256)
     width: int = knob(192, "numbers that stand for a token inside", 2, 2**14)
-    dropout: float = knob(0.2, "share zeroed in training, against learning by heart", 0, 0.9)
+    dropout: float = knob(0.2, "share zeroed in training, to curb learning by heart", 0, 0.9)
     steps: int = knob(1200, "optimiser steps in all", 1, 10**8)
     batch_size: int = knob(8, "stretches of block_size tokens a step", 1, 2**16)
     micro_batches: int = knob(1, "parts in which a batch is computed, to save memory", 1, 2**16)
     learning_rate: float = knob(0.03, "peak of Muon's; AdamW has a third of it", 0, 1)
-    compile: bool = knob(False, "torch.compile: a minute of patience; worth it on a GPU")
-    prompt: str = knob("", "what the text goes on from (no space at its end); - reads stdin")
+    compile: bool = knob(False, "torch.compile: a minute's wait first; worth it on a GPU")
+    prompt: str = knob("", "the text to go on from (no space at its end); - reads stdin")
     tokens: int = knob(400, "how many to write", 1, 10**8)
     temperature: float = knob(0.7, "below 1: safer, 0: always the likeliest", 0, 100)
     top_k: int = knob(0, "draw from the k likeliest tokens only; 0: from all", 0, 2**16)
@@ -81,7 +81,7 @@ class Config:
     samples: int = knob(1, "texts to write", 1, 10**4)
     data: str = knob("manual", "manual (of this Python), shakespeare, a text file, or a folder")
     data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "of the run; once it is finished, of the texts alone", 0, 2**31)
+    seed: int = knob(0, "for the run; once it is finished, for the texts alone", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
     out: str = knob("", "folder of the results; if empty, out/gpt or out/gpt-DATA")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
@@ -99,9 +99,9 @@ class Config:
 #
 #     t h e _ c a t _ t h e   ->   th e _ c a t _ th e   ->   the _ c a t _ the
 #
-# The text gets shorter: as many tokens reach further back, a step reads more. Merges stay inside of
+# The text gets shorter: the same block reaches further back, a step reads more. Merges stay inside
 # words, or "dog." and "dog," would become tokens. A word, number or run of signs takes one space
-# before it; of characters beyond ASCII every byte counts as a letter; runs over 48 are cut.
+# before it; every byte of a character beyond ASCII counts as a letter; runs over 48 are cut.
 WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]{1,48}| ?\d{1,48}| ?[^\sA-Za-z\d\x80-\xff]{1,48}"
                    rb"|\s{1,48}(?!\S)|\s")
 
@@ -119,9 +119,9 @@ def merge(word, pair, token):
 
 def learn_merges(text, count):
     """Bytes -> at most ``count`` pairs: pair i becomes token 256 + i. Fewer if none repeats. Equal
-    words count together, and a pair is sought only in words that had it: 1 MB takes seconds."""
+    words count together, and a pair is sought only in words that had it: 1 MB takes some seconds."""
     words = [(list(word), n) for word, n in Counter(WORDS.findall(text)).items()]
-    pairs, where = Counter(), defaultdict(set)  # how often each pair stands, and in which words
+    pairs, where = Counter(), defaultdict(set)  # how often each pair occurs, and in which words
     for i, (word, n) in enumerate(words):
         for pair in pairwise(word):
             pairs[pair] += n
@@ -199,7 +199,7 @@ def rotations(count, size):
 def rotate(x, rotation):
     """Mark queries and keys (..., T, D) with their positions (RoPE: Su et al. 2021,
     arXiv:2104.09864, equation 15); ``rotation`` is (2, T, D / 2). Attention compares by dot
-    products, and they see no order. So each pair of numbers (a, b) in a query or key is turned,
+    products, and these ignore order. So each pair of numbers (a, b) in a query or key is turned,
     like the hand of a clock, by an angle that grows with the position: the first pair fast, the
     others slower and slower. In the product of two turned pairs only the difference of their angles
     is left: how far apart two tokens are, not where they stand. GPT-2 learned a vector for each
@@ -250,10 +250,10 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """x + attention, then x + MLP: (B, T, W) -> (B, T, W). The MLP works on each token by itself;
-    SiLU in its middle (GPT-2: GELU) bends what would else be one layer. (SwiGLU: Shazeer 2020,
+    SiLU in the middle (GPT-2: GELU) keeps it from being just one layer. (SwiGLU: Shazeer 2020,
     arXiv:2002.05202, and squared ReLU: So et al. 2021, arXiv:2109.08668, were no better here.) A
-    norm brings the input of both to mean square 1, and scales it. The input, not the sum: so the
-    residual stream is left alone, and training is stable from the start (Xiong et al. 2020,
+    norm brings what each of the two reads to mean square 1, and scales it. The sum itself, the
+    residual stream, is left alone, so training is stable from the start (Xiong et al. 2020,
     arXiv:2002.04745). RMSNorm (Zhang, Sennrich 2019, arXiv:1910.07467) is LayerNorm without the
     mean."""
 
@@ -298,7 +298,7 @@ class GPT(nn.Module):
         """``cache`` (chapter 5): a list for each block, in which it keeps its keys and values.
         ``keep`` (chapter 4): what dropout lets pass in training, (B, 2 * layers + 1, 1, W): two
         for each block, and the last for the embedding."""
-        first = cache[0][0].shape[2] if cache and cache[0] else 0  # so many tokens are in it
+        first = cache[0][0].shape[2] if cache and cache[0] else 0  # how many tokens it holds
         rotation = self.rotation[:, first:first + tokens.shape[1]]               # (2, T, D / 2)
         keep = [1] * (2 * len(self.blocks) + 1) if keep is None else keep.unbind(1)
         x = self.embedding(tokens) * keep[-1]                                        # (B, T, W)
@@ -317,7 +317,7 @@ class GPT(nn.Module):
 def nats_per_byte(model, text):
     """Cross entropy of a str under the model, in nats per byte; divide by ln 2 for bits per byte.
     The text is read in stretches of block_size that do not overlap, so the first guesses of each
-    have little to go by. The very first token is not guessed, and its bytes do not count."""
+    have little to go on. The very first token is not guessed, and its bytes do not count."""
     T, tokens = model.config.block_size, torch.tensor(model.tokenizer.encode(text))
     if len(tokens) < 2:
         fail("a text of two tokens or more is needed: the first is not guessed")
@@ -333,7 +333,7 @@ def nats_per_byte(model, text):
 
 
 # ==== 4. Training =================================================================================
-# train, at the end of the chapter, is the loop. Two optimisers share the work in it, each with what
+# train, at the end of the chapter, is the loop. Two optimisers share the work, each doing what
 # it is good at. Run (in the plumbing) does the rest: seeds, order of rows, checkpoints, stopping.
 
 
@@ -380,8 +380,8 @@ def schedule(progress):
 
 
 def draw_dropout(config):
-    """(B, 2 * layers + 1, 1, W): 0 for a share of ``dropout``, else so much that the mean is 1. It
-    multiplies what embedding, attention and MLP add to the stream. Nothing can be relied upon, so
+    """(B, 2 * layers + 1, 1, W): 0 for a share of ``dropout``, else scaled so the mean is 1. It
+    multiplies what embedding, attention and MLP add to the stream. No number can be relied on, so
     less is learned by heart (Srivastava et al. 2014, JMLR 15). One mask serves all tokens of a
     stretch (Gal, Ghahramani 2015, arXiv:1512.05287). It is drawn with the batch, so it is the same
     in however many parts or processes the batch is computed."""
@@ -426,7 +426,7 @@ def train(config):
             starts = my_share(starts + torch.randint(T, starts.shape))
             batch = tokens[starts[:, None] + torch.arange(T + 1)].to(device)        # (B, T + 1)
             keep = my_share(draw_dropout(config)).to(device)
-            # Guess every next token, be told, and see which way to move every weight.
+            # Guess every next token, be told the answer, and see which way to move every weight.
             loss = gradients(compiled, batch, keep, config.micro_batches)
             average([loss, *(p.grad for p in model.parameters())])  # over all processes, if several
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1)
@@ -449,10 +449,10 @@ def train(config):
 
 
 # ==== 5. Writing ==================================================================================
-# Predict, draw, append, predict again. What a token's keys and values are depends on nothing to its
+# Predict, draw, append, predict again. A token's keys and values depend on nothing to its
 # right, so they never change: they are kept (the KV cache), and only the newest token is computed.
 # When block_size tokens are in view, the model goes on from the last half of them: positions count
-# from 0 again, and one pass fills a new cache. So no token costs more because much is written.
+# from 0 again, and one pass fills a new cache. So a token costs no more late in a long text.
 
 
 class Context:
@@ -463,8 +463,8 @@ class Context:
         self.known = 256 + (model.tokenizer.merges[:, 0] >= 0).sum().item()  # a short text has few
 
     def read(self, new):
-        """Append a list of tokens -> logits of the next one, as model(tokens) would say: (V,), less
-        tokens of merges that were never learned."""
+        """Append a list of tokens -> logits of the next one, as model(tokens) would say: (V,), but
+        without tokens of merges that were never learned."""
         size = self.model.config.block_size
         if len(self.tokens) + len(new) > size:
             last = size // 2 if self.tokens else size  # a long prompt may fill all of it
@@ -478,14 +478,14 @@ class Context:
 
 
 def choose(logits, temperature, top_k, top_p, generator=None):
-    """Logits (V,) -> a token, drawn from softmax(logits / temperature). The many unlikely tokens
-    are together not unlikely, and one of them can derail a text. So only the top_k likeliest may be
+    """Logits (V,) -> a token, drawn from softmax(logits / temperature). One unlikely token is rare,
+    but there are many of them, and one can derail a text. So only the top_k likeliest may be
     drawn (0: all), and only the fewest that make up a share of top_p of all probability (the
     nucleus: Holtzman et al. 2019, arXiv:1904.09751)."""
     if temperature < 1e-6:
         return logits.argmax().item()
     p, order = (logits / temperature).softmax(0).sort(descending=True)
-    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # what is likelier sums to less than top_p
+    keep = p.cumsum(0) - p < (top_p if top_p < 1 else 2)  # likelier ones sum to less (1: keep all)
     keep[0] = True
     if top_k:
         keep[top_k:] = False
@@ -493,8 +493,8 @@ def choose(logits, temperature, top_k, top_p, generator=None):
 
 
 def stream(model, prompt, tokens, temperature=0.7, top_k=0, top_p=0.95, seed=None):
-    """Yield the continuation of ``prompt`` token by token, as str: what ends inside a character
-    waits for the rest of it. An empty prompt stands for the end of a paragraph."""
+    """Yield the continuation of ``prompt`` token by token, as str: a piece that ends inside a
+    character waits for the rest of it. An empty prompt stands for the end of a paragraph."""
     if not temperature >= 0 or top_k < 0 or not 0 <= top_p <= 1:
         fail("temperature and top_k are 0 or more, top_p is from 0 to 1")
     noise = None if seed is None else seeded(seed, "text")
@@ -521,7 +521,7 @@ def explain(model, prompt, count=10):
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode. UserError if ``path`` is none of gpt.py's."""
+    """The model of a checkpoint, in eval mode. UserError if ``path`` is no gpt.py checkpoint."""
     state = read_checkpoint(path)
     model = GPT(Config(**state["config"]))
     with fitting(path):

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-# Whatever is used before it is defined stands below, after the last chapter.
+# What no chapter defines is defined below the last one.
 with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
     warnings.simplefilter("ignore")
     import torch
@@ -373,7 +373,7 @@ def draw_walk(run, model, test, walkers=24, stops=4, frames=24):
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode. UserError if ``path`` is none of vae.py's."""
+    """The model of a checkpoint, in eval mode. UserError if ``path`` is no vae.py checkpoint."""
     state = read_checkpoint(path)
     model = VAE(Config(**state["config"]))
     with fitting(path):
