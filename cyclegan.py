@@ -379,7 +379,7 @@ def translate(model, images, to="B"):
 
 
 def load(path, device="cpu"):
-    """The Translators of a checkpoint, in eval mode. UserError if it is no cyclegan.py checkpoint."""
+    """The Translators of a checkpoint, in eval mode. UserError if it is not cyclegan.py's."""
     state = read_checkpoint(path)
     average = averaged(Translators(Config(**state["config"])))
     with fitting(path):

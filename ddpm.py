@@ -64,13 +64,13 @@ class Config:
     diffusion_steps: int = knob(1000, "T, steps from a picture to static", 2, 10**5)
     width: int = knob(32, "channels at half the size, thrice at a quarter; multiple of 8", 8, 1024)
     blocks: int = knob(2, "residual blocks at a quarter, attention after each", 1, 100)
-    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, of colour 32", 0, 1024)
+    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, colour data 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     vocab_size: int = knob(256, "words that captions may use, and one more", 2, 2**16)
     drop_caption: float = knob(0.1, "share of pictures shown without caption, for guidance", 0, 1)
     unseen: str = knob("thin upright two, bold upright four, thin slanted nine, bold slanted seven",
                        "kinds kept out of training, to see whether words combine; comma-separated")
-    steps: int = knob(2000, "optimiser steps in all", 1, 10**8)
+    steps: int = knob(2000, "optimiser steps in total", 1, 10**8)
     batch_size: int = knob(32, "pictures a step, over all processes", 1, 2**16)
     learning_rate: float = knob(4e-3, "peak of its schedule; lower it if training diverges", 0, 1)
     prompt: tuple = knob((), "what to draw; may be given several times; if not given, some kinds")
@@ -82,7 +82,7 @@ class Config:
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
                      "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
+    seed: int = knob(0, "for the run; once it is finished, for the samples only", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
     out: str = knob("", "folder of the results; if empty, out/ddpm or out/ddpm-DATA")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
@@ -452,7 +452,7 @@ def sample(model, prompts, sampling_steps=25, guidance=2.0, eta=0.0, seed=None):
 
 
 def load(path, device="cpu"):
-    """The averaged model of a checkpoint, in eval mode. UserError if it is no ddpm.py checkpoint."""
+    """The averaged model of a checkpoint, in eval mode. UserError if it is not ddpm.py's."""
     state = read_checkpoint(path)
     average = averaged(UNet(Config(**state["config"])))
     with fitting(path):

@@ -63,7 +63,7 @@ class Config:
     generator: str = knob("stylegan", "stylegan, built on styles, or dcgan", "stylegan", "dcgan")
     latent_dim: int = knob(16, "numbers in z, and in w; 64 for long runs of stylegan", 2, 512)
     width: int = knob(16, "channels at half the picture's size; a multiple of 8", 8, 512)
-    image_size: int = knob(0, "28, or a power of two from 16; 0: 28, or 32 for colour", 0, 1024)
+    image_size: int = knob(0, "28, or a power of two from 16; 0: 28, colour data 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
     r1: float = knob(1.0, "weight of the penalty on the detective's slopes", 0, 1e4)
     r1_every: int = knob(8, "steps between penalties, each scaled up to match", 1, 1000)
@@ -78,7 +78,7 @@ class Config:
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
                      "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
+    seed: int = knob(0, "for the run; once it is finished, for the samples only", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
     out: str = knob("", "folder of the results; if empty, out/gan, or out/gan-dcgan-mnist, say")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
@@ -431,7 +431,7 @@ def sample(model, n, truncation=1.0, seed=None):
 
 
 def load(path, device="cpu"):
-    """The averaged forger of a checkpoint, in eval mode. UserError if it is no gan.py checkpoint."""
+    """The averaged forger of a checkpoint, in eval mode. UserError if it is not gan.py's."""
     state = read_checkpoint(path)
     config = Config(**state["config"])
     average = averaged(FORGERS[config.generator](config))

@@ -67,7 +67,7 @@ class Config:
     heads: int = knob(4, "attention patterns in a layer; they share the width", 1, 256)
     width: int = knob(192, "numbers that stand for a token inside", 2, 2**14)
     dropout: float = knob(0.2, "share zeroed in training, to curb learning by heart", 0, 0.9)
-    steps: int = knob(1200, "optimiser steps in all", 1, 10**8)
+    steps: int = knob(1200, "optimiser steps in total", 1, 10**8)
     batch_size: int = knob(8, "stretches of block_size tokens a step", 1, 2**16)
     micro_batches: int = knob(1, "parts in which a batch is computed, to save memory", 1, 2**16)
     learning_rate: float = knob(0.03, "peak of Muon's; AdamW has a third of it", 0, 1)
@@ -81,7 +81,7 @@ class Config:
     samples: int = knob(1, "texts to write", 1, 10**4)
     data: str = knob("manual", "manual (of this Python), shakespeare, a text file, or a folder")
     data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "for the run; once it is finished, for the texts alone", 0, 2**31)
+    seed: int = knob(0, "for the run; once it is finished, for the texts only", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
     out: str = knob("", "folder of the results; if empty, out/gpt or out/gpt-DATA")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
@@ -119,7 +119,7 @@ def merge(word, pair, token):
 
 def learn_merges(text, count):
     """Bytes -> at most ``count`` pairs: pair i becomes token 256 + i. Fewer if none repeats. Equal
-    words count together, and a pair is sought only in words that had it: 1 MB takes some seconds."""
+    words count together, and a pair is sought only in words that had it: 1 MB takes seconds."""
     words = [(list(word), n) for word, n in Counter(WORDS.findall(text)).items()]
     pairs, where = Counter(), defaultdict(set)  # how often each pair occurs, and in which words
     for i, (word, n) in enumerate(words):
@@ -521,7 +521,7 @@ def explain(model, prompt, count=10):
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode. UserError if ``path`` is no gpt.py checkpoint."""
+    """The model of a checkpoint, in eval mode. UserError if it is not gpt.py's."""
     state = read_checkpoint(path)
     model = GPT(Config(**state["config"]))
     with fitting(path):

@@ -13,19 +13,19 @@
 An autoencoder passes a picture through a narrow code and rebuilds it on the other side. It recalls
 well but cannot invent: between the codes that it uses lies no man's land, and a code picked there
 decodes to a scrawl. The variational autoencoder blurs every code a little (the eps) and pays for
-every code that strays from N(0, I). So codes overlap and fill the space: what is drawn from N(0, I)
-mostly decodes to a picture, and a walk from code to code passes pictures on its way.
+every code that strays from N(0, I). So codes overlap and fill the space: a draw from N(0, I)
+usually decodes to a picture, and a walk from code to code passes pictures all the way.
 
     python vae.py                                          on digits that this script draws itself
-    python vae.py --kind ae                                the plain autoencoder, to lay beside it
+    python vae.py --kind ae                                the plain autoencoder, for comparison
     python vae.py --latent-dim 2 --out out/vae-2           codes of two numbers: a map of them all
     python vae.py --data mnist --steps 14500 --importance 5     MNIST (downloaded once), at its best
     python vae.py --data cifar10 --latent-dim 128          in colour; or a folder of photographs
     python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/vae-gpu  on a GPU
 
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
-of two numbers), metrics.csv, checkpoint.pt. The same command again goes on where it stopped, with
-the settings of the checkpoint where none are given; on a finished model it only samples (--seed 1:
+of two numbers), metrics.csv, checkpoint.pt. Run the same command again and it goes on where it
+stopped; settings not given come from the checkpoint; on a finished model it only samples (--seed 1:
 other samples). On two cores of an AMD EPYC the plain command takes two minutes (Zen 5) to five (Zen
 3); on MNIST the bound on log p(x) reaches -83.7 nats in eight minutes (Zen 5; README).
 
@@ -33,7 +33,7 @@ Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kin
 (arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
 Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged; Salimans et al. 2017
 (arXiv:1701.05517), the density of colours. The variational objective is theirs; the networks are
-convolutional and residual, where those up to 2015 were fully connected.
+convolutional and residual, where theirs, up to 2015, were fully connected.
 """
 import math
 import sys
@@ -63,18 +63,18 @@ class Config:
     importance: int = knob(1, "draws per picture in the last 30 % of training (chapter 3)", 1, 100)
     latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
     width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
-    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, of colour 32", 0, 1024)
+    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, colour data 32", 0, 1024)
     channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
-    steps: int = knob(5000, "optimiser steps in all", 1, 10**8)
-    batch_size: int = knob(64, "pictures a step", 1, 2**16)
-    learning_rate: float = knob(4e-3, "peak of its schedule; less where training diverges", 0, 1)
-    draws: int = knob(100, "draws per picture in judging (k of chapter 3)", 1, 10**6)
+    steps: int = knob(5000, "optimiser steps in total", 1, 10**8)
+    batch_size: int = knob(64, "pictures per step", 1, 2**16)
+    learning_rate: float = knob(4e-3, "peak of its schedule; lower it if training diverges", 0, 1)
+    draws: int = knob(100, "draws per picture when judging (k in chapter 3)", 1, 10**6)
     test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
     samples: int = knob(100, "pictures in samples.png", 1, 10**4)
     data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
                      "files, or a folder or .zip of photographs")
     data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "of the run; once it is finished, of the samples alone", 0, 2**31)
+    seed: int = knob(0, "for the run; once it is finished, for the samples only", 0, 2**31)
     device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
     out: str = knob("", "folder of the results; if empty, out/vae, or out/vae-ae-mnist, say")
     restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
@@ -83,7 +83,7 @@ class Config:
         check_config(self)
         settle_shape(self, 4)  # a multiple of 4
         if (self.kind == "ae") + (self.beta != 1) + (self.importance > 1) > 1:
-            fail("--kind ae, --beta and --importance exclude each other: give one of the three")
+            fail("--kind ae, --beta and --importance exclude each other: give at most one")
 
 
 # ==== 1. The pictures =============================================================================
@@ -92,9 +92,9 @@ class Config:
 
 
 def scaled(pictures, generator=None):
-    """Bytes (B, C, H, W) -> floats. Colour keeps its 256 values, as 0 to 1; a grey pixel becomes 1,
-    ink, with the probability of its grey, else 0. In training each step draws anew, so the data
-    never quite repeat. And with pixels that are coin tosses "the probability of this picture" has a
+    """Bytes (B, C, H, W) -> floats. Colour keeps its 256 values, from 0 to 1; a grey pixel becomes
+    1 (ink) with its grey as the probability, else 0. In training each step draws anew, so the data
+    never quite repeat. And once pixels are coin tosses, "the probability of this picture" has a
     meaning. (Burda et al. 2015, section 5, do so.)"""
     x = pictures.float() / 255
     return torch.bernoulli(x, generator=generator) if x.shape[1] == 1 else x
@@ -142,8 +142,8 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; of colour, the
-    middle of a bell curve over each value (a bump: chapter 3)."""
+    """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; in colour, the
+    middle of a bell-shaped bump for each value (chapter 3)."""
 
     def __init__(self, config):
         width, side = config.width, config.image_size // 4
@@ -179,7 +179,7 @@ class VAE(nn.Module):
         return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z):
-        """Codes (B, L) -> what the Decoder says of them, (B, C, H, W)."""
+        """Codes (B, L) -> what the Decoder makes of them, (B, C, H, W)."""
         return self.decoder(z)
 
     def picture(self, z):
@@ -195,10 +195,10 @@ class VAE(nn.Module):
 # ==== 3. The objective ============================================================================
 # The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for
 # each pixel. The story is good if it makes real pictures probable, that is if log p(x) is large,
-# where p(x) = integral of p(x|z) p(z) dz. To estimate that with codes drawn at random is slow:
-# hardly any of them fits a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes
-# codes worth trying. With E_q for the mean over draws from q, and Jensen's inequality (the log of a
-# mean is at least the mean of the logs), in natural logarithms, hence nats,
+# where p(x) = integral of p(x|z) p(z) dz. Estimating that with codes drawn at random is slow:
+# hardly any of them fit a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes
+# codes worth trying. Write E_q for the mean over draws from q. By Jensen's inequality (the log of
+# a mean is at least the mean of the logs), in natural logarithms, so in nats,
 #
 #   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]        (the integral, times q and divided by q)
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
@@ -213,7 +213,7 @@ class VAE(nn.Module):
 def log_bernoulli(logits, x):
     """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats. Given z the
     tosses are independent, so their log probabilities ADD UP over the pixels. Averaging them, a
-    common mistake, weighs the KL 784-fold beside them, as --beta 784 does. Then it pays to ignore
+    common mistake, gives the KL 784 times the weight, as --beta 784 does. Then it pays to ignore
     the code, and every sample is the same grey blur."""
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
@@ -223,7 +223,7 @@ def log_logistic(middle, log_scale, x):
     one of 256. Its p is the area, over its bin, 1/255 wide, of a bump: the logistic density, whose
     integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being (the bin's upper and
     lower end - the bump's middle) / scale. (For 0 and 1 the bin reaches to infinity, so that all
-    256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) It is the product sigmoid(a)
+    256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) And p is also sigmoid(a)
     sigmoid(-b) (1 - exp(b - a)), whose log is finite even where p is tiny."""
     scale = log_scale.exp()[:, None, None]
     a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
@@ -246,8 +246,8 @@ def kl_divergence(mean, logvar):
 
 def elbo_terms(model, x):
     """Pictures (B, C, H, W), scaled -> reconstruction (B,) and KL (B,), nats per picture. The
-    autoencoder's code is the mean itself, without noise and free of charge. In training nothing
-    else differs."""
+    autoencoder's code is the mean itself, without noise and free of charge. Nothing else
+    differs in training."""
     mean, logvar = model.encode(x)
     if model.config.kind == "ae":
         return log_fit(model, mean, x), torch.zeros_like(mean[:, 0])
@@ -260,9 +260,9 @@ def elbo_terms(model, x):
 #
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
-# with z_i from q(z|x). (This L is theirs, no latent_dim.) L_1 is the ELBO, L_k never falls as k
+# with z_i from q(z|x). (This L is theirs, not latent_dim.) L_1 is the ELBO, L_k never falls as k
 # grows, and its limit is, in general, log p(x). It judges the model in the end; with --importance k
-# it is also what the last steps of training raise.
+# the last steps of training maximise it, too.
 
 
 def log_weights(model, x, k, generator=None):
@@ -278,14 +278,14 @@ def log_weights(model, x, k, generator=None):
 
 # ==== 4. Training =================================================================================
 def schedule(progress):
-    """Share of the peak learning rate at ``progress`` 0 to 1: half a cosine, after a short ramp."""
+    """Share of the peak learning rate at ``progress`` 0 to 1: half a cosine, times a short ramp."""
     return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(config):
     """Train what is left to train, judge, draw, all into ``config.out`` -> the VAE in eval mode.
     Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on)."""
+    KeyboardInterrupt (it was stopped; the same call goes on, less restart)."""
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     model = VAE(config).to(device, memory_format=torch.channels_last)
@@ -338,11 +338,11 @@ def mean_codes(model, pictures):
 def fit_gaussian(model, pictures):
     """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, C, H, W). The
     VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
-    likes; a Gaussian around them covers much that is no code of a picture, and samples show it."""
+    likes; a Gaussian around them also covers codes of no picture at all, and samples show it."""
     if model.config.kind == "ae":
         codes = mean_codes(model, pictures).cpu().double()
-        ridge = 1e-6 * torch.eye(codes.shape[1])  # in case a number of the code is never used
-        covariance = codes.T.cov(correction=0).view_as(ridge) + ridge        # (L, L), if L is 1 too
+        ridge = 1e-6 * torch.eye(codes.shape[1])  # in case one of a code's numbers is never used
+        covariance = codes.T.cov(correction=0).view_as(ridge) + ridge        # (L, L), even for L=1
         model.prior_mean.copy_(codes.mean(0))
         model.prior_factor.copy_(torch.linalg.cholesky(covariance))
 
@@ -350,7 +350,7 @@ def fit_gaussian(model, pictures):
 # ==== 5. Sampling =================================================================================
 def sample(model, n, seed=None):
     """n new pictures, floats (n, C, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
-    They are the probabilities of ink (of colour the middles of the bumps): chance would only add
+    They are the probabilities of ink (in colour, the middles of the bumps): noise would only add
     grain. The same seed gives the same pictures; None draws from torch's global generator."""
     noise = None if seed is None else seeded(seed, "sample")
     eps = torch.randn(n, model.config.latent_dim, generator=noise).to(model.prior_mean.device)
@@ -373,7 +373,7 @@ def draw_walk(run, model, test, walkers=24, stops=4, frames=24):
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode. UserError if ``path`` is no vae.py checkpoint."""
+    """The model of a checkpoint, in eval mode. UserError if it is not vae.py's."""
     state = read_checkpoint(path)
     model = VAE(Config(**state["config"]))
     with fitting(path):
@@ -405,7 +405,7 @@ def log_likelihood(model, images, k, seed=None):
 
 def judge(model, test):
     """Means over the first ``test_images`` pictures, in nats per picture; in colour (vae) also in
-    bits per value; ae: the reconstruction alone. Seeds are fixed: equal tosses for all models."""
+    bits per value; ae: the reconstruction alone. Seeds are fixed: the same tosses for all."""
     x = scaled(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
     if model.config.kind == "ae":
         with evaluating(model):
@@ -1129,7 +1129,7 @@ def load_images(name, data_dir, size=28, channels=1):
 
 # ==== Pictures that train writes ==================================================================
 def draw_samples(run, model):
-    """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each number."""
+    """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each axis."""
     run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
     if model.config.latent_dim == 2:
         # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
@@ -1141,7 +1141,7 @@ def draw_samples(run, model):
 
 
 def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, below each what was rebuilt of a toss of it."""
+    """reconstructions.png: four rows of originals, below each what comes back (grey: of a toss)."""
     test = test[torch.arange(40) % len(test)]
     with evaluating(model):
         rebuilt = model.picture(mean_codes(model, test)).cpu()
