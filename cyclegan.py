@@ -20,7 +20,7 @@ makes sure that the result looks like a zebra, the way back that it is still thi
     python cyclegan.py --data horse2zebra --width 24 --cycle-weight 3 --identity-weight 1 \
         --learning-rate 4e-4 --steps 16000       the paper's photographs (downloaded once)
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --cycle-weight 3 \
-        --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/cyclegan-gpu  on a GPU
+        --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/cyclegan-gpu   on a GPU
 
 Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a row each: A, as B,
 back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first
@@ -90,7 +90,7 @@ class Config:
 
 
 # ==== 1. Two piles ================================================================================
-# load_piles (after the plumbing) loads them, to train on and to judge by: bytes (N, 3, H, W), N
+# load_piles (last part) loads two to train on and two to judge by, as bytes (N, 3, H, W), N
 # pictures of height H and width W. In shapes, B is the batch. The animals are drawn, so for them
 # the truth is known as well: truth["B"] is test A drawn as zebras, truth["A"] test B as
 # horses, each with a mask that says where the animal is. No animal is in two piles, so training
@@ -124,7 +124,7 @@ def conv(inside, outside, kernel, stride=1):
 class Doubling(nn.Conv2d):
     """Each pixel repeated to 2x2, then a 3x3 convolution: (B, c, h, w) -> (B, out, 2 h, 2 w). Nine
     taps then meet no more than 2x2 different pixels. So it is computed at the small size, in 2.25
-    times fewer operations: four kernels of 2x2, one for each place in a group of 2x2, in which the
+    times fewer operations: four kernels of 2x2, one for each copy around a corner, in which the
     weights of all taps that meet the same pixel are added up. The result is the same; a step of
     translators 64 wide takes 2 to 12 % less time."""
 
@@ -153,7 +153,7 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W multiples of 4.
+    """The translator: pictures (B, 3, H, W) in [-1, 1] -> the same shape, H and W 8, 12, 16 ....
 
     Down to a quarter of the size, where a convolution sees four times as far, residual blocks
     there, and up again. Three things differ from the paper. Each pixel is repeated and then
@@ -184,8 +184,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """The detective: pictures (B, 3, H, W) -> a map of verdicts (B, 1, h, w), 1 real, 0 fake. Each
     verdict is on a patch of 70x70 pixels (Isola et al. 2016): style is seen in patches, and what
-    the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. For r
-    pixels out, a convolution of kernel 4 and stride s reads s (r - 1) + 4. With strides 1, 1, 2, 2,
+    the animal is doing is the cycle's business. Why 70: go back from one verdict, r = 1. To give
+    r values, a convolution of kernel 4 and stride s reads s (r - 1) + 4. With strides 1, 1, 2, 2,
     2, from the last to the first: 1 -> 4 -> 7 -> 16 -> 34 -> 70. (A verdict in a corner of 64x64
     sees half of it, one in the middle nearly all.) The paper's has instance norms in between; here
     a penalty on its slopes, below, keeps it in check (README: what the choices gained)."""
@@ -204,15 +204,15 @@ class Discriminator(nn.Module):
 
 # ==== 3. What they want ===========================================================================
 def verdict_loss(verdicts, wanted):
-    """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With logs, as
-    in gan.py, a fake that already passes for real teaches hardly anything more, however odd it is;
+    """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With log odds,
+    as in gan.py, a fake that already passes for real teaches hardly anything more, however odd it is;
     squares pull until its verdict is 1. Zhu et al. (section 4) found them more stable."""
     return (verdicts - wanted).square().mean()
 
 
 class Buffer:
     """Past fakes. A detective that sees only the latest ones forgets the older tricks, and the two
-    may go round in circles. Once the buffer is full, each time it gets either a fresh fake or, just
+    may go round in circles. Once the buffer is full, the detective gets a fresh fake or, just
     as likely, a past one, which the fresh one replaces (as in the code of Zhu et al.; the idea is
     from Shrivastava et al. 2016, section 2.3)."""
 
@@ -257,7 +257,7 @@ def translators_turn(G, D, optimizer, a, b, config):
     identity  a zebra should stay as it is when translated to a zebra. Otherwise little stops the
               sky from changing colour, as long as it changes back
 
-    A mere copy of the picture costs nothing in the last two: if photographs come out as mere
+    A mere copy costs nothing in cycle and identity: if photographs come out as mere
     copies, let both count less (README). Both are L1, absolute differences: where a pixel may be
     black or white, the best guess is then the likelier of the two, the median; with squares it
     would be grey, the mean."""
@@ -350,7 +350,7 @@ def train(config):
                 for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
         as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
         fakes = past_a.swap(as_a), past_b.swap(as_b)
-        r1 = 4 * config.r1 if step % 4 == 0 else 0  # costly, so every fourth step, fourfold
+        r1 = 4 * config.r1 if step % 4 == 0 else 0  # costly: every 4th step, times 4
         run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, r1))
         ema.update_parameters(G)
         if run.due(5):  # now and then, to see how it is getting on

@@ -20,7 +20,7 @@ the network's opinion is multiplied by the guidance.
     python ddpm.py --sampling-steps 1000 --eta 1           all steps, with noise, as in Ho et al.
     python ddpm.py --data mnist                            MNIST (downloaded once)
     python ddpm.py --data cifar10 --prompt "a horse"       in colour; --data FOLDER: photographs
-    python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/ddpm-gpu  (GPU)
+    python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/ddpm-gpu   GPU
     torchrun --nproc-per-node=N ddpm.py ...                the same on N of them
 
 Look into out/ddpm: forward.png (the destruction), samples.png (its rows rise in guidance),
@@ -102,7 +102,7 @@ class Config:
 
 def captions(name):
     """Six things that may be said of a picture: "an ankle boot" six times; of a drawn digit all of
-    it three times, then three shorter. (The article goes by sound: "a one", "a unicorn".)"""
+    it three times, then three shorter. (The article roughly goes by sound: "a one".)"""
     said = [name] * 6
     if parts := re.fullmatch(r"(thin|bold) (upright|slanted) (\w+)", name):
         weight, slant, digit = parts.groups()
@@ -160,10 +160,10 @@ def diffuse(alpha_bar, x0, t, eps):
 #   guess of x_0 = k x_t / sqrt(alpha_bar) + sqrt(1 - k) network(x_t),   k = K^2 / (K^2 + sigma^2)
 #
 # sigma^2 = (1 - alpha_bar) / alpha_bar being the noise in x_t / sqrt(alpha_bar). K is a level of
-# noise you can hardly see: below it x_t passes through; well above it almost none of x_t does, or
-# a haze would stay on black. Colour has little black, and more detail than a small network can
-# repeat: K = 0.1 there gives 7.3 bits a value (chapter 6) and a little grain, 0.02 gives 16
-# (CIFAR-10, 700 steps).
+# noise you can hardly see. Where sigma is below K, x_t passes through; where it is far above,
+# almost nothing of x_t does, else a haze would stay on black. Colour has little black, and more
+# detail than a small network can repeat: K = 0.1 there gives 7.3 bits a value (chapter 6) and a
+# little grain, 0.02 gives 16 (CIFAR-10, 700 steps).
 K = {1: 0.02, 3: 0.1}  # by the number of channels
 
 
@@ -272,8 +272,8 @@ class UNet(nn.Module):
     arXiv:1505.04597). Folding 2x2 pixels into channels loses nothing, and no convolution runs at
     28x28, where it would cost four times what it costs at 14x14: 64 MFLOP a picture in all. For
     64x64 or 128x128 fold 4x4 or 8x8 at the start, and unfold to match: the 2 in fold1 and unfold1
-    becomes 4 or 8, and 4 C channels become 16 C or 64 C. The rest stays, at the same cost as for
-    32x32."""
+    becomes 4 or 8, and 4 C channels become 16 C or 64 C. In all it costs 1.1 or 1.6 times what
+    32x32 costs."""
 
     def __init__(self, config):
         super().__init__()
@@ -300,7 +300,7 @@ class UNet(nn.Module):
         snr, (signal, _) = signal_to_noise(self.alpha_bar, t), amounts(self.alpha_bar, t, x)
         K2 = K[self.config.channels]**2
         k = (K2 / (K2 + 1 / snr)).to(x)[:, None, None, None]                         # (B, 1, 1, 1)
-        t = 1000 * t.float() / self.config.diffusion_steps
+        t = 1000 * t.float() / self.config.diffusion_steps  # 0 to 1000, whatever T is
         e = F.silu(self.time(time_embedding(t, 64)) + self.prompt(tokens))           # (B, E)
         x = given = x.contiguous(memory_format=torch.channels_last)
         x = skip = self.down(self.into(self.fold1(x)), e)                        # (B, w, 14, 14)
@@ -326,8 +326,8 @@ def draw_batch(model, labels, table):
 
 
 def objective(model, x0, t, eps, tokens):
-    """Squared error of the guess of x_0, times 1 + signal / noise, capped at 5. With signal / noise
-    alone it would be the squared error of the noise: L_simple of Ho et al. (equation 14).
+    """Squared error of the guess of x_0, times a weight: 1 + signal / noise, 5 at most. With signal
+    / noise alone it would be the squared error of the noise: L_simple of Ho et al. (equation 14).
     That asks hardly anything near T, where pictures take shape, and much where x_t already shows
     all x_0. The 1, from Salimans and Ho 2022 (arXiv:2202.00512, section 4), keeps a floor near T;
     the limit is from Hang et al. 2023, who limit signal / noise to 5."""
@@ -462,15 +462,15 @@ def load(path, device="cpu"):
 
 # ==== 6. Judging, on pictures that it never saw ===================================================
 # How many bits does a picture cost, at most, by this chain? x_T, then each x_{t-1} given x_t, at
-# last the pixels given x_1; a mean over q, each x_t drawn once (Ho et al. 2020, equation 5):
+# last the pixels given x_1; averaged over q by drawing each x_t once (Ho et al. 2020, equation 5):
 #
 #   L = KL( q(x_T|x_0) || N(0, I) ) - log p(x_0|x_1)
 #       + sum over t > 1 of KL( q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t) )
 #
-# Any p gives a bound; one wide enough to cover its errors gives a better one. For small t the
+# Any p gives a bound; a p wide enough for its own errors gives a better one. For small t the
 # posterior q(x_{t-1}|x_t,x_0) is far narrower than the errors of the guess. So p is wider here than
 # in sampling, as if x_0 were known up to ERROR. (On MNIST: 4.8 bits a pixel instead of 6.6. Most
-# goes to noise that nobody sees, in the last ten steps: an image format does better, and samples do
+# goes to noise that nobody sees, at t = 10 and below: an image format does better, and samples do
 # not show it.)
 ERROR = 0.02
 

@@ -19,7 +19,7 @@ every new forgery. If the forger wins, the detective can only toss a coin.
     python gan.py --export 10000                           once trained: 10,000 numbered PNG files
     python gan.py --data mnist                             MNIST (downloaded once)
     python gan.py --data photographs/ --image-size 64 --learning-rate 1e-3 --r1 5       in colour
-    python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gan-gpu  on a GPU
+    python gan.py --data mnist --width 64 --batch-size 64 --steps 50000 --out out/gan-gpu   on a GPU
 
 Look in out/gan: samples.png, training.png (an animation: the same z from the first step to the
 last), interpolation.png, mixing.png and truncation.png (stylegan only), neighbours.png (twenty
@@ -105,10 +105,11 @@ def scaled(pictures):
 
 def levels(config):
     """Resolution and channels of each level, coarse to fine: (7, 2 width), (14, width) for 28x28.
-    The finest level has half of the picture's resolution: each 2x2 block becomes the channels of
-    one. Nothing is lost, and no convolution runs at 28x28, where it would cost four times as much.
-    Larger pictures have more levels, and that is all that changes here; their detail asks for more
-    --width and --steps, and for an --r1 that grows with the number of pixels."""
+    The finest level has half of the picture's resolution: each 2x2 block of pixels becomes
+    one with four times the channels. Nothing is lost, and no convolution runs at 28x28, where it
+    would cost four times as much. Larger pictures have more levels, and that is all that changes
+    here; their detail asks for more --width and --steps, and an --r1 that grows with their pixels.
+    """
     sizes = [config.image_size // 2]
     while sizes[-1] % 2 == 0 and sizes[-1] > 4:
         sizes.append(sizes[-1] // 2)
@@ -159,6 +160,7 @@ class DCGAN(nn.Module):
                                     nn.PixelShuffle(2), nn.Tanh())
 
     def forward(self, z, truncation=1.0):
+        # channels_last: the same numbers, in an order in memory that convolutions are faster with
         x = self.first(truncation * z).contiguous(memory_format=torch.channels_last)
         return self.layers(x)
 
@@ -194,7 +196,7 @@ class StyledConv(nn.Module):
 
 
 class StyleGAN(nn.Module):
-    """The forger in styles: z (B, L), noise -> pictures (B, C, H, W) in [-1, 1]."""
+    """z (B, L), and noise for chance details (see draw) -> pictures (B, C, H, W) in [-1, 1]."""
 
     def __init__(self, config):
         super().__init__()
@@ -249,8 +251,8 @@ FORGERS = {"dcgan": DCGAN, "stylegan": StyleGAN}
 
 
 def draw(model, n, rng=None):
-    """All that chance decides in n pictures: z (n, L), and for stylegan noise (n, 1, h, w) in each
-    layer (where a hair lies, not whether there is hair), in one list, on the model's device."""
+    """All that chance decides in n pictures, as a list: z (n, L); for stylegan also noise (n, 1, h,
+    w) for each layer but the last: where a hair lies, not whether there is hair."""
     device = next(model.parameters()).device
     return [torch.randn(n, *shape, generator=rng).to(device) for shape in model.chance]
 
@@ -302,7 +304,7 @@ def forger_loss(fake):
 
 def r1_penalty(discriminator, real):
     """Mean over real pictures of the squared gradient of the summed logits by the pixels, halved
-    (Mescheder et al. 2018, equation 9). Without it D pushes on even where fakes are right."""
+    (Mescheder et al. 2018, equation 9). Without it D pushes on even once fakes look right."""
     real = real.detach().requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return 0.5 * slope.square().sum((1, 2, 3)).mean()
@@ -341,7 +343,7 @@ def forge(generator, n, mixing=0.0):
         return generator(z)
     a, b = generator.styles(z), generator.styles(draw(generator, n)[0])
     layer = torch.arange(len(a))[:, None]                                         # (layers, 1)
-    # Where the second style begins, (n,); for the rest past the last layer: they have one style.
+    # Where the second style begins, (n,); past the last layer in fakes that have only one.
     cut = torch.randint(1, len(a), (n,)) + len(a) * (torch.rand(n) >= mixing)
     return generator.render(torch.where((layer < cut)[:, :, None].to(z.device), a, b), noise)
 
@@ -495,7 +497,7 @@ def judge(model, D, test):
     """The final figures, on the first ``test_images`` held-out pictures."""
     test = test[:model.config.test_images]
     fake = sample(model, len(test), seed="judge") * 2 - 1
-    two = two_sample_accuracy(scaled(test), fake, min(300, len(test)))  # few are learnt by heart
+    two = two_sample_accuracy(scaled(test), fake, min(300, len(test)))  # or few are learnt by heart
     figures = duel_score(model, D, test) | {"two_samples": two}
     return {f"test_{name}": value for name, value in figures.items()}
 

@@ -9,7 +9,7 @@ r"""GPT: guess the next token; a good guesser, fed its own guesses, is a writer.
                  | bytes; those that often stand side by side are merged
     tokens    [To] [ be] [,]  [ or]  [ not] [ to]
                  | the Transformer: each token gathers what it needs from those on its left
-    targets   [ be] [,] [ or] [ not] [ to]  [ be]      it gives every token a probability at each
+    targets   [ be] [,] [ or] [ not] [ to]  [ be]      at each place, every token's probability
                  | draw one, append it, guess again
     text      a new one
 
@@ -334,7 +334,7 @@ def nats_per_byte(model, text):
 
 # ==== 4. Training =================================================================================
 # train, at the end of the chapter, is the loop. Two optimisers share the work, each doing what
-# it is good at. Run (in the plumbing) does the rest: seeds, order of rows, checkpoints, stopping.
+# it is good at. Run (in the plumbing) does the rest: seeds, shuffling, checkpoints, stopping.
 
 
 class Muon(torch.optim.Optimizer):
@@ -460,7 +460,7 @@ class Context:
 
     def __init__(self, model):
         self.model, self.tokens, self.cache = model, [], []
-        self.known = 256 + (model.tokenizer.merges[:, 0] >= 0).sum().item()  # a short text has few
+        self.known = 256 + (model.tokenizer.merges[:, 0] >= 0).sum().item()  # a short text has fewer
 
     def read(self, new):
         """Append a list of tokens -> logits of the next one, as model(tokens) would say: (V,), but
@@ -494,7 +494,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
 
 def stream(model, prompt, tokens, temperature=0.7, top_k=0, top_p=0.95, seed=None):
     """Yield the continuation of ``prompt`` token by token, as str: a piece that ends inside a
-    character waits for the rest of it. An empty prompt stands for the end of a paragraph."""
+    character waits for the rest of it. An empty prompt stands for two line ends."""
     if not temperature >= 0 or top_k < 0 or not 0 <= top_p <= 1:
         fail("temperature and top_k are 0 or more, top_p is from 0 to 1")
     noise = None if seed is None else seeded(seed, "text")

@@ -21,7 +21,7 @@ usually decodes to a picture, and a walk from code to code passes pictures all t
     python vae.py --latent-dim 2 --out out/vae-2           codes of two numbers: a map of them all
     python vae.py --data mnist --steps 14500 --importance 5     MNIST (downloaded once), at its best
     python vae.py --data cifar10 --latent-dim 128          in colour; or a folder of photographs
-    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/vae-gpu  on a GPU
+    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/vae-gpu   GPU
 
 Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
 of two numbers), metrics.csv, checkpoint.pt. Run the same command again and it goes on where it
