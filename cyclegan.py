@@ -205,7 +205,7 @@ class Discriminator(nn.Module):
 # ==== 3. What they want ===========================================================================
 def verdict_loss(verdicts, wanted):
     """Mean squared distance of the detective's verdicts to 1 or 0 (Mao et al. 2016). With log odds,
-    as in gan.py, a fake that already passes for real teaches hardly anything more, however odd it is;
+    as in gan.py, a fake that already passes for real teaches hardly anything more, however odd;
     squares pull until its verdict is 1. Zhu et al. (section 4) found them more stable."""
     return (verdicts - wanted).square().mean()
 

@@ -460,7 +460,7 @@ class Context:
 
     def __init__(self, model):
         self.model, self.tokens, self.cache = model, [], []
-        self.known = 256 + (model.tokenizer.merges[:, 0] >= 0).sum().item()  # a short text has fewer
+        self.known = 256 + (model.tokenizer.merges[:, 0] >= 0).sum().item()  # of short texts fewer
 
     def read(self, new):
         """Append a list of tokens -> logits of the next one, as model(tokens) would say: (V,), but

@@ -204,8 +204,8 @@ class VAE(nn.Module):
 #           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
 #            =   reconstruction  -  KL( q(z|x) || p(z) )        the evidence lower bound, or ELBO
 #
-# (Kingma and Welling 2013, equation 3). The gap is KL(q(z|x) || p(z|x)), 0 if q is the true
-# posterior. The KL has a closed form; one draw of z estimates the reconstruction. So that the
+# (Kingma and Welling 2013, equation 3). The gap is KL(q(z|x) || p(z|x)), 0 if q is p(z|x),
+# the posterior. The KL has a closed form; one draw of z estimates the reconstruction. So that the
 # gradient reaches the encoder through that draw, z = mean + sigma * eps: chance comes from outside,
 # and z is a differentiable function of mean and sigma. That is the reparametrisation trick.
 
@@ -221,8 +221,8 @@ def log_bernoulli(logits, x):
 def log_logistic(middle, log_scale, x):
     """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats. A value is
     one of 256. Its p is the area, over its bin, 1/255 wide, of a bump: the logistic density, whose
-    integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being (the bin's upper and
-    lower end - the bump's middle) / scale. (For 0 and 1 the bin reaches to infinity, so that all
+    integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being the bin's upper and
+    lower end, less the middle, over scale. (For 0 and 1 the bin reaches to infinity, so that all
     256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) And p is also sigmoid(a)
     sigmoid(-b) (1 - exp(b - a)), whose log is finite even where p is tiny."""
     scale = log_scale.exp()[:, None, None]
@@ -261,8 +261,8 @@ def elbo_terms(model, x):
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
 # with z_i from q(z|x). (This L is theirs, not latent_dim.) L_1 is the ELBO, L_k never falls as k
-# grows, and its limit is, in general, log p(x). It judges the model in the end; with --importance k
-# the last steps of training maximise it, too.
+# grows, and its limit is, in general, log p(x). L_k judges the model in the end; with --importance
+# k the last steps of training maximise it, too.
 
 
 def log_weights(model, x, k, generator=None):
@@ -304,7 +304,7 @@ def train(config):
                 loss = (config.beta * kl - reconstruction).mean()
                 run.log(kl=kl.mean())
             else:
-                log_w = log_weights(model, x, config.importance)
+                log_w = log_weights(model, x, config.importance)  # the loss is -L_k
                 loss = (math.log(config.importance) - log_w.logsumexp(1)).mean()
             # Gradients, clipped to a length of 100: a wild batch must not undo the work of many.
             optimizer.zero_grad()
@@ -358,9 +358,10 @@ def sample(model, n, seed=None):
         return torch.cat([model.picture(model.place(e)) for e in eps.split(500)])
 
 
-def draw_walk(run, model, test, walkers=24, stops=4, frames=24):
+def draw_walk(run, model, test):
     """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home again.
     The still image, for viewers without animation, has the first three walks."""
+    walkers, stops, frames = 24, 4, 24
     codes = mean_codes(model, test[torch.arange(stops * walkers) % len(test)])
     codes, film = codes.unflatten(0, (stops, walkers)), []                    # (stops, walkers, L)
     with evaluating(model):
