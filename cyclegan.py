@@ -22,7 +22,7 @@ makes sure that the result looks like a zebra, the way back that it is still thi
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --cycle-weight 3 \
         --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/cyclegan-gpu   on a GPU
 
-Look into out/cyclegan (for other data out/cyclegan-NAME): translations.png (a row each: A, as B,
+Look in out/cyclegan (for other data out/cyclegan-NAME): translations.png (a row each: A, as B,
 back as A; B, as A, back as B), training.png (an animation: the same test pictures from the first
 step to the last), metrics.csv, checkpoint.pt, and what --translate made in translated/. Run the
 same command again and it goes on where it stopped; settings not given come from the checkpoint.
@@ -43,13 +43,13 @@ from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 # What no chapter defines is defined below the last one.
-with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
-    warnings.simplefilter("ignore")
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def knob(default, about, *within):

@@ -23,7 +23,7 @@ the network's opinion is multiplied by the guidance.
     python ddpm.py --data mnist --width 128 --batch-size 256 --steps 50000 --out out/ddpm-gpu   GPU
     torchrun --nproc-per-node=N ddpm.py ...                the same on N of them
 
-Look into out/ddpm: forward.png (the destruction), samples.png (its rows rise in guidance),
+Look in out/ddpm: forward.png (the destruction), samples.png (its rows rise in guidance),
 denoising.png (an animation), neighbours.png (each sample above the training picture nearest to it),
 metrics.csv, checkpoint.pt. Run the same command again and it goes on where it stopped; settings not
 given come from the checkpoint; on a finished model it only samples (--seed 1: other samples).
@@ -44,13 +44,13 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 # What no chapter defines is defined below the last one.
-with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
-    warnings.simplefilter("ignore")
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def knob(default, about, *within):

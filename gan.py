@@ -43,13 +43,13 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 # What no chapter defines is defined below the last one.
-with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
-    warnings.simplefilter("ignore")
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def knob(default, about, *within):

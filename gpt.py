@@ -45,12 +45,12 @@ from itertools import pairwise
 
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 # What no chapter defines is defined below the last one.
-with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
-    warnings.simplefilter("ignore")
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
 
 
 def knob(default, about, *within):

@@ -23,7 +23,7 @@ usually decodes to a picture, and a walk from code to code passes pictures all t
     python vae.py --data cifar10 --latent-dim 128          in colour; or a folder of photographs
     python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/vae-gpu   GPU
 
-Look into out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
+Look in out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
 of two numbers), metrics.csv, checkpoint.pt. Run the same command again and it goes on where it
 stopped; settings not given come from the checkpoint; on a finished model it only samples (--seed 1:
 other samples). On two cores of an AMD EPYC the plain command takes two minutes (Zen 5) to five (Zen
@@ -42,12 +42,12 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 # What no chapter defines is defined below the last one.
-with warnings.catch_warnings():  # without numpy, importing torch warns; nothing here needs numpy
-    warnings.simplefilter("ignore")
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
 
 
 def knob(default, about, *within):
