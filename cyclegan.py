@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # What no chapter defines is defined below the last one.
@@ -65,7 +66,7 @@ class Config:
     image_size: int = knob(64, "height and width in training; a multiple of 4", 24, 1024)
     cycle_weight: float = knob(10.0, "how much finding the way back counts", 0, 1e4)
     identity_weight: float = knob(5.0, "how much leaving the target kind alone counts", 0, 1e4)
-    r1: float = knob(10.0, "weight of the detectives' gradient penalty", 0, 1e4)
+    r1: float = knob(10.0, "weight of the detectives' penalty (every 4th step, times 4)", 0, 1e4)
     buffer: int = knob(50, "past fakes kept for each detective", 0, 10**4)
     steps: int = knob(2800, "steps in all; each one trains all four networks", 1, 10**8)
     batch_size: int = knob(1, "pictures from each pile per step", 1, 2**10)
@@ -248,8 +249,8 @@ class Translators(nn.Module):
 
 
 def translators_turn(G, D, optimizer, a, b, config):
-    """One step of both translators on real a and b, (B, 3, H, W) each -> b as A, a as B, and the
-    figures.
+    """The gradients for a step of both translators, on real a and b, (B, 3, H, W) each -> b as A, a
+    as B, and the figures.
 
     fool      each translation should convince the detective of its new pile
     cycle     there and back again, each picture should be as it was: the detective alone would be
@@ -271,7 +272,6 @@ def translators_turn(G, D, optimizer, a, b, config):
     loss = fool + config.cycle_weight * cycle + config.identity_weight * same
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
     return as_a, as_b, {"fool": fool, "cycle": cycle, "identity": same}
 
 
@@ -286,8 +286,8 @@ def r1_penalty(detective, real):
 
 
 def detectives_turn(D, optimizer, real, fakes, r1=0.0):
-    """One step of both detectives; ``real`` and ``fakes`` are pairs (of A, of B), the fakes of A
-    made from B; ``r1`` is the weight of the penalty in this step -> its figures."""
+    """The gradients for a step of both detectives; ``real`` and ``fakes`` are pairs (of A, of B),
+    fakes of A being made from B; ``r1`` is the weight of the penalty in this step -> figures."""
     D.requires_grad_(True)
     loss, penalty = 0, 0
     for name, x, fake in zip("ab", real, fakes, strict=True):
@@ -296,7 +296,6 @@ def detectives_turn(D, optimizer, real, fakes, r1=0.0):
         penalty = penalty + (r1_penalty(D[name], x) if r1 else 0)
     optimizer.zero_grad()
     (loss + r1 * penalty).backward()
-    optimizer.step()
     return {"detectives": loss} | ({"r1": penalty} if r1 else {})
 
 
@@ -320,8 +319,7 @@ def averaged(model):
 
 def train(config):
     """Train what is left, judge, draw, translate, into ``config.out`` -> the averaged Translators.
-    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on)."""
+    Raises UserError, FloatingPointError (it diverged), KeyboardInterrupt (stopped: call again)."""
     jobs, device = to_translate(config), pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (
@@ -342,16 +340,18 @@ def train(config):
     for step in run.steps():
         if step == 0 or run.due(10):
             run.film(both_ways(ema.module, test))
-        for optimizer in (optimizer_g, optimizer_d):
-            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
         rows = run.batch_rows(len(piles.train_a))  # and for each a partner drawn at random
         partners = torch.randint(len(piles.train_b), rows.shape)
         a, b = (batch_of(pile, some, config.image_size).to(device)
                 for pile, some in ((piles.train_a, rows), (piles.train_b, partners)))
         as_a, as_b, figures = translators_turn(G, D, optimizer_g, a, b, config)
         fakes = past_a.swap(as_a), past_b.swap(as_b)
-        r1 = 4 * config.r1 if step % 4 == 0 else 0  # costly: every 4th step, times 4
-        run.log(**figures, **detectives_turn(D, optimizer_d, (a, b), fakes, r1))
+        figures |= detectives_turn(D, optimizer_d, (a, b), fakes, 4 * config.r1 * (step % 4 == 0))
+        grad_norm = clip_grad_norm_([*G.parameters(), *D.parameters()], math.inf)  # not clipped
+        run.log(**figures, grad_norm=grad_norm)  # raises FloatingPointError if not finite
+        for optimizer in (optimizer_g, optimizer_d):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step / config.steps)
+            optimizer.step()
         ema.update_parameters(G)
         if run.due(5):  # now and then, to see how it is getting on
             draw_translations(run, ema.module, test)

@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # What no chapter defines is defined below the last one.
@@ -311,26 +312,24 @@ def r1_penalty(discriminator, real):
 
 
 def detective_turn(discriminator, optimizer, real, fake, r1=0.0):
-    """One step of the detective, on pictures (B, C, H, W) of both kinds; ``r1`` is the weight of
-    the penalty in this step -> its figures. To it, fakes are just pictures: detach cuts the path
-    back to the forger, whose turn comes next."""
+    """The gradient for a step of the detective, on pictures (B, C, H, W) of both kinds; ``r1`` is
+    the weight of the penalty in this step -> its figures. To it, fakes are just pictures: detach
+    cuts the path back to the forger, whose turn comes next."""
     discriminator.requires_grad_(True)
     loss = detective_loss(discriminator(real), discriminator(fake.detach()))
     penalty = r1_penalty(discriminator, real) if r1 else 0
     optimizer.zero_grad()
     (loss + r1 * penalty).backward()
-    optimizer.step()
     return {"detective_loss": loss} | ({"r1": penalty} if r1 else {})
 
 
 def forger_turn(discriminator, optimizer, fake):
-    """One step of the forger, on its ``fake``, not detached -> its figures. The gradient
-    passes through the detective, whose weights stand still and get none."""
+    """The gradient for a step of the forger, on its ``fake``, not detached -> its figures. It comes
+    through the detective, whose weights stand still and get none."""
     discriminator.requires_grad_(False)
     loss = forger_loss(discriminator(fake))
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
     return {"forger_loss": loss}
 
 
@@ -379,8 +378,7 @@ def averaged(model):
 
 def train(config):
     """Train what is left, judge, draw, into ``config.out`` -> the averaged forger, in eval mode.
-    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on)."""
+    Raises UserError, FloatingPointError (it diverged), KeyboardInterrupt (stopped: call again)."""
     device = pick_device(config.device)
     torch.manual_seed(seed_of(config.seed, "weights"))
     G = FORGERS[config.generator](config).to(device, memory_format=torch.channels_last)
@@ -403,8 +401,13 @@ def train(config):
             real = scaled(data.train[run.batch_rows(len(data.train))].to(device))
             fake = forge(G, len(real), config.mixing)                          # both (B, C, H, W)
             r1 = config.r1 * config.r1_every if step % config.r1_every == 0 else 0
-            run.log(**detective_turn(D, optimizer_d, real, fake, r1))
-            run.log(**forger_turn(D, optimizer_g, fake))
+            # Measured, not clipped: log stops the run, before the step, if a figure is not finite.
+            run.log(**detective_turn(D, optimizer_d, real, fake, r1),
+                    detective_grad=clip_grad_norm_(D.parameters(), math.inf))
+            optimizer_d.step()
+            run.log(**forger_turn(D, optimizer_g, fake),
+                    forger_grad=clip_grad_norm_(G.parameters(), math.inf))
+            optimizer_g.step()
             ema.update_parameters(G)
             if run.due(5):  # now and then, to see how it is getting on
                 draw_samples(run, ema.module)

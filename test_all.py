@@ -891,6 +891,28 @@ def test_divergence_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch, 
         vae.train(vae.command_line(arguments(data, tmp_path)))
 
 
+@pytest.mark.parametrize("script, loss", [(gan, "detective_loss"), (gan, "forger_loss"),
+                                          (cyclegan, "verdict_loss")])
+def test_an_infinite_gradient_stops_a_duel_before_its_step(script, loss, tmp_path, monkeypatch,
+                                                           capsys, data, piles):
+    """The loss stays finite, its slope does not: no weight may follow it, not even in memory."""
+    right, calls, stepped = getattr(script, loss), [], []
+
+    def steep(x, *more):
+        calls.append(1)
+        return right(x, *more) + ((0 * x.sum()).sqrt() if len(calls) > 24 else 0)
+
+    adam_step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (adam_step(self), stepped.append(all(
+        p.isfinite().all() for group in self.param_groups for p in group["params"]))))
+    monkeypatch.setattr(script, loss, steep)
+    words = cycle_words(tmp_path, data=piles) if script is cyclegan else gan_words(data, tmp_path)
+    assert script.main(words) == 1 and all(stepped) and stepped
+    assert "grad" in capsys.readouterr().err.splitlines()[-1]
+    model = script.load(tmp_path / "checkpoint.pt")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_last_steps_raise_the_tighter_bound(data, tmp_path, monkeypatch):
     """With --importance 3 the first 70 % of the steps take the ELBO, the others L_3."""
     weigh, calls = vae.log_weights, []
@@ -2248,9 +2270,11 @@ def test_each_turn_leaves_the_other_side_as_it_was():
 
     first = state()
     as_a, as_b, _ = cyclegan.translators_turn(G, D, optimizers[0], a, b, config)
+    optimizers[0].step()
     second, slopes = state(), [p.grad.clone() for p in G.parameters()]
     fakes = [cyclegan.Buffer(0).swap(fake) for fake in (as_a, as_b)]
     cyclegan.detectives_turn(D, optimizers[1], (a, b), fakes)
+    optimizers[1].step()
     third = state()
     for before, after, moved in ((first, second, 0), (second, third, 1)):
         assert all(map(torch.equal, before[1 - moved], after[1 - moved]))
