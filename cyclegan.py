@@ -15,10 +15,10 @@ will do: a translator from A to B has to fool a detective, a network that tells 
 makes sure that the result looks like a zebra, the way back that it is still this very horse.
 
     python cyclegan.py                                     on animals that this script draws itself
-    python cyclegan.py --data horses/,zebras/ --out out/mine    your own two piles of photographs
-    python cyclegan.py --translate photos/ --to A --out out/mine    once trained: a whole folder
     python cyclegan.py --data horse2zebra --width 24 --cycle-weight 3 --identity-weight 1 \
         --learning-rate 4e-4 --steps 16000       the paper's photographs (downloaded once)
+    python cyclegan.py --data horses/,zebras/ --out out/mine ...    the same on two piles of yours
+    python cyclegan.py --translate photos/ --to A --out out/mine    once trained: a whole folder
     python cyclegan.py --data horse2zebra --image-size 128 --width 64 --blocks 9 --cycle-weight 3 \
         --identity-weight 1 --learning-rate 4e-4 --steps 50000 --out out/cyclegan-gpu   on a GPU
 
