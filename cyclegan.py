@@ -956,18 +956,22 @@ def to_translate(config):
 
 
 def translate_all(run, model, jobs, to):
-    """Each picture, of any shape, from 16 pixels on. What cannot be read is left out, with a word
-    about it; UserError where nothing can."""
+    """Each picture, of any shape, from 16 pixels on; what is longer than 2048 is scaled down to it,
+    to fit into memory. What cannot be read is left out, with a word about it; UserError where
+    nothing can."""
     troubles = []
     for name, read, path in jobs:
         try:
-            picture = read_picture(name, read)
-            if min(picture.shape[1:]) < 16:
+            picture = read_picture(name, read)[None] / 255
+            shrink = min(1, 2048 / max(picture.shape[2:]))
+            if shrink * min(picture.shape[2:]) < 16:
                 fail(f"{name} is smaller than 16 pixels")
         except UserError as error:
             troubles.append(str(error))
             continue
-        image = translate(model, picture[None] / 255, to)[0]
+        if shrink < 1:
+            picture = F.interpolate(picture, scale_factor=shrink, mode="bilinear", antialias=True)
+        image = translate(model, picture, to)[0]
         image = (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         write_file(path, png(image))
         run.written["translated"] = str(path.parent)

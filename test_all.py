@@ -2734,7 +2734,8 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     assert not model.training and len(state["past_a"]["pictures"]) == 3
     folder, out = tmp_path / "photos", copy_of(cycled, tmp_path)
     folder.mkdir()
-    for name, shape in (("1.png", (17, 40)), ("1.jpg", (33, 18)), ("2.png", (16, 16))):
+    for name, shape in (("1.png", (17, 40)), ("1.jpg", (33, 18)), ("2.png", (16, 16)),
+                        ("3.png", (40, 2100))):
         (folder / name).write_bytes(photograph(shape, kind="JPEG" if "j" in name else "PNG"))
     before = {p: p.read_bytes() for p in folder.iterdir()}
     assert cyclegan.main(["--out", str(out), "--translate", str(folder), "--to", "A"]) == 0
@@ -2744,9 +2745,9 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     assert weights(out)["config"]["translate"] == ""  # what is asked once is no setting
     still, frames = decode_png((out / "training.png").read_bytes())
     assert all(frame.shape == still.shape for frame in frames) and len(frames) > 2
-    assert sorted(made) == ["1-2.png", "1.png", "2.png"]
+    assert sorted(made) == ["1-2.png", "1.png", "2.png", "3.png"]
     sizes = [struct.unpack(">2I", made[name][16:24]) for name in sorted(made)]
-    assert sizes == [(40, 17), (18, 33), (16, 16)]
+    assert sizes == [(40, 17), (18, 33), (16, 16), (2048, 39)]
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
     assert cyclegan.main(["--out", str(out), "--test-images", "2"]) == 0  # judged again
     assert rows_of(out)[-1]["test_cycle_B"] != rows_of(cycled)[-1]["test_cycle_B"]
@@ -2767,6 +2768,7 @@ def test_translate_never_writes_over_its_input(cycled, tmp_path, capsys, monkeyp
     assert "left out 2 of 7" in capsys.readouterr().err
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "tiny.png").write_bytes(photograph((9, 20)))
+    (tmp_path / "odd" / "thread.png").write_bytes(photograph((16, 9000)))
     assert cyclegan.main([*words, str(tmp_path / "odd")]) == 2  # not one could be translated
     assert "smaller than 16 pixels" in capsys.readouterr().err
     before = {p: p.read_bytes() for p in out.rglob("*.png")}
