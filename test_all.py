@@ -1760,6 +1760,16 @@ def test_words_and_their_order():
         "a bold two", "an upright two", "a two"]
 
 
+@pytest.mark.parametrize("mean, sigma", [(-1.0, 0.003), (-0.99, 0.02), (0.3, 0.001), (0.97, 0.5)])
+def test_the_256_values_of_the_last_step_add_up_to_one(mean, sigma):
+    x0 = torch.arange(256) / 127.5 - 1
+    p = ddpm.log_decoder(x0, torch.full_like(x0, mean), sigma).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    inside = torch.distributions.Normal(mean, sigma)
+    by_hand = inside.cdf(x0[100] + 1 / 255) - inside.cdf(x0[100] - 1 / 255)
+    assert p[100].item() == pytest.approx(by_hand.item(), abs=1e-6)
+
+
 def test_dropped_captions_are_dropped():
     model = tiny_ddpm(drop_caption=0.3)
     table = model.prompt.tokens(["a thin three", "an eight"])[:, None]
@@ -2031,6 +2041,24 @@ def test_styles():
         assert (model(z, *[0 * x for x in noise]) - model(z, *noise)).abs().max() > 1e-3
 
 
+def test_strips_are_what_they_are_said_to_be(tmp_path, monkeypatch):
+    """Mixed: coarse styles of the left column, fine ones of the top row; tamed: from the mean."""
+    model, sheets, grid = tiny_gan("stylegan"), [], gan.grid
+    monkeypatch.setattr(gan, "grid", lambda x, columns: sheets.append(x) or grid(x, columns))
+    gan.draw_strips(gan.Run(gan.Config(out=str(tmp_path)), model=model), model)
+    z, *noise = gan.draw(model, 8, gan.seeded(0, "strips"))
+    noise = [x[:1] for x in noise]
+    with torch.no_grad():
+        w, mean = model.styles(z), model.mean_style()
+        half = len(w) // 2
+        mixed = torch.cat([w[:half, 1:2], w[half:, 6:7]])  # second row, third column
+        for sheet, place, styles in ((1, 13, mixed), (1, 3, w[:, 6:7]), (1, 10, w[:, 1:2]),
+                                     (2, 10, mean), (2, 19, w[:, 1:2])):
+            wanted = model.render(styles.expand(len(w), 1, -1), noise)[0] / 2 + 0.5
+            torch.testing.assert_close(sheets[sheet][place], wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(sheets[0][:1], model(z[:1], *noise) / 2 + 0.5, atol=1e-4, rtol=0)
+
+
 def test_collapse_and_two_samples_are_noticed():
     real = gan.scaled(gan.draw_digits(1200, "a")[0])
     other = gan.scaled(gan.draw_digits(1200, "b")[0])
@@ -2080,6 +2108,7 @@ def test_what_a_gan_run_leaves(forger, tmp_path):
     weight = model.layers[2].weight
     assert torch.equal(weight, state["average"]["module.layers.2.weight"])
     assert not torch.equal(weight, state["model"]["layers.2.weight"]) and not model.training
+    assert all(state[f"optimizer_{who}"]["state"][0]["step"] == 45 for who in "gd")
     out = copy_of(forger, tmp_path)
     assert gan.main(["--out", str(out), "--export", "3", "--truncation", "0.5"]) == 0
     assert (out / "samples.png").read_bytes() != (forger / "samples.png").read_bytes()
@@ -2732,6 +2761,7 @@ def test_what_a_cyclegan_run_leaves(cycled, piles, tmp_path):
     rates = [state[f"optimizer_{who}"]["param_groups"][0]["lr"] for who in "gd"]
     assert rates[0] == rates[1] == pytest.approx(5e-4 * cyclegan.schedule(44 / 45))
     assert not model.training and len(state["past_a"]["pictures"]) == 3
+    assert all(state[f"optimizer_{who}"]["state"][0]["step"] == 45 for who in "gd")
     folder, out = tmp_path / "photos", copy_of(cycled, tmp_path)
     folder.mkdir()
     for name, shape in (("1.png", (17, 40)), ("1.jpg", (33, 18)), ("2.png", (16, 16)),
