@@ -2848,3 +2848,127 @@ def test_cyclegan_refuses_in_one_line(cycled, piles, tmp_path, capsys, words, ne
     out = copy_of(cycled, tmp_path)
     assert cyclegan.main([*cycle_words(out, data=piles), *words]) == 2
     one_line(capsys, needle, script="cyclegan")
+
+
+# ==== What training follows, and what pictures show ===============================================
+
+
+def test_the_last_step_has_the_rate_of_its_place(reference, painter, writer, forger):
+    for script, out, shares in ((vae, reference, {"": 1}), (ddpm, painter, {"": 1}),
+                                (gpt, writer, {"_muon": 1, "_adamw": 1 / 3})):
+        state = weights(out)
+        steps, peak = state["config"]["steps"], state["config"]["learning_rate"]
+        for name, share in shares.items():
+            rate = share * peak * script.schedule((steps - 0.5) / steps)
+            assert state["optimizer" + name]["param_groups"][0]["lr"] == pytest.approx(rate)
+        ramp = [script.schedule(x) for x in (0, 0.005, 0.01, 0.04, 0.3, 0.7, 1)]
+        assert ramp[:4] == sorted(ramp[:4]) and ramp[3:] == sorted(ramp[3:])[::-1]
+        assert ramp[0] == 0 and 0.9 < ramp[3] <= 1 and ramp[-1] == pytest.approx(0)
+    state = weights(forger)
+    peak = state["config"]["learning_rate"]
+    for group in [*state["optimizer_g"]["param_groups"], *state["optimizer_d"]["param_groups"]]:
+        assert group["lr"] == pytest.approx(peak * gan.schedule(44 / 45) * group["pace"])
+    values = [gan.schedule(x) for x in (0, 0.3, 0.65, 1)]
+    assert values == pytest.approx([1, 1, 0.5, 0])
+
+
+def test_bytes_become_floats_of_the_right_range():
+    x = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(3 * 24 * 24).view(2, 3, 24, 24)
+    assert gan.scaled(x).unique().tolist() == ddpm.scaled(x).unique().tolist() == [-1, 1]
+    assert cyclegan.batch_of(x, torch.tensor([1, 0]), 24).mean((1, 2, 3)).tolist() == [1, -1]
+    assert vae.scaled(x).unique().tolist() == [0, 1]
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """What the scripts lay out on sheets from now on."""
+    seen = []
+    for script in (vae, gan, ddpm, cyclegan):
+        monkeypatch.setattr(script, "grid", lambda x, columns, scale=2, draw=script.grid: (
+            seen.append(x), draw(x, columns, scale))[1])
+    return seen
+
+
+def test_rebuilt_pictures_stand_below_their_originals(sheets, tmp_path):
+    model, test = tiny_vae(), vae.draw_digits(45, "a")[0]
+    vae.draw_reconstructions(vae.Run(vae.Config(out=str(tmp_path))), model, test)
+    rows = sheets[0].view(8, 10, 1, 28, 28)
+    assert torch.equal(rows[::2].flatten(0, 1), test[:40] / 255)
+    with torch.no_grad():
+        rebuilt = model.picture(vae.mean_codes(model, test[:40]))
+    torch.testing.assert_close(rows[1::2].flatten(0, 1), rebuilt)
+
+
+def test_sheets_of_ddpm(sheets, tmp_path):
+    model, data = tiny_ddpm(), ddpm.load_images("digits", "")
+    data = data._replace(train=data.train[:300], test=data.test[:20])
+    run = ddpm.Run(ddpm.Config(out=str(tmp_path), sampling_steps=2, prompt=["a three"]))
+    ddpm.draw_forward(run, model, data)
+    forward = sheets[0].view(4, 10, 28, 28)
+    torch.testing.assert_close(forward[:, 0], data.test[:4, 0] / 255, atol=1e-5, rtol=0)
+    assert abs(forward[:, -1].std().item() - 0.5) < 0.05  # N(0, 1) at half the size
+    ddpm.draw_neighbours(run, model, data)
+    pairs = sheets[1].view(2, 2, 10, 784)
+    near = torch.cdist(pairs[:, 1].flatten(0, 1), data.train.flatten(1) / 255)
+    assert (near.amin(1) < 1e-2).all()
+    own = torch.cdist(pairs[:, 0].flatten(0, 1), data.train.flatten(1) / 255)
+    assert torch.equal(own.argmin(1), near.argmin(1))
+    ddpm.draw_denoising(run, model)
+    drawn = ddpm.sample(model, ["a three"] * 12, 2, seed=0)
+    torch.testing.assert_close(sheets[-1].clamp(0, 1), drawn, atol=1e-5, rtol=0)
+
+
+def test_sheets_of_gan_and_cyclegan(sheets, tmp_path):
+    model, train = tiny_gan("dcgan"), gan.draw_digits(300, "a")[0]
+    run = gan.Run(gan.Config(out=str(tmp_path)))
+    gan.draw_neighbours(run, model, train)
+    pairs = sheets[0].view(2, 2, 10, 784)
+    near = torch.cdist(pairs[:, 1].flatten(0, 1), train.flatten(1) / 255)
+    own = torch.cdist(pairs[:, 0].flatten(0, 1), train.flatten(1) / 255)
+    assert (near.amin(1) < 1e-2).all() and torch.equal(own.argmin(1), near.argmin(1))
+    run = cyclegan.Run(cyclegan.Config(out=str(tmp_path)))
+    test = [torch.rand(2, 3, 24, 24) for _ in "ab"]
+    run.film(cyclegan.both_ways(tiny_cycle(), test))
+    cyclegan.draw_training(run, tiny_cycle(), test)
+    for sheet in sheets[1:]:
+        for picture, place in ((test[0][0], 0), (test[1][0], 2), (test[0][1], 4)):
+            assert (sheet[place] - picture).abs().max() < 0.03  # 32 shades
+
+
+def test_figures_of_a_copying_translator(monkeypatch):
+    """By hand: where B as A is B itself, all errors are those of a copy; PSNR as it is defined."""
+    monkeypatch.setattr(cyclegan, "translate", lambda model, x, to: x)
+    piles = cyclegan.load_piles(cyclegan.Config(test_images=6), training=False)
+    figures = cyclegan.judge(None, piles)
+    truth, mask = piles.truth["B"]
+    error = (piles.test_a.double() - truth).abs().mean(1, keepdim=True)
+    psnr = [10 * math.log10(255**2 / (a.double() - b).square().mean().item())
+            for a, b in zip(piles.test_a, truth, strict=True)]
+    assert figures["test_cycle_B"] == figures["test_cycle_A"] == 0
+    for copy in ("", "copy_"):
+        assert figures[f"test_{copy}psnr_B"] == pytest.approx(sum(psnr) / 6, rel=1e-4)
+        coat = (error * mask).sum() / mask.sum()
+        assert figures[f"test_{copy}coat_B"] == pytest.approx(coat.item(), rel=1e-4)
+
+
+def test_a_gpt_begins_at_chance_and_says_so_per_byte(text, tmp_path):
+    config = gpt.Config(data=str(text), out=str(tmp_path), vocab_size=300, block_size=16, layers=1,
+                        heads=2, width=16, steps=1, tokens=1)
+    model = gpt.train(config)
+    train, _ = gpt.load_text(str(text), "")
+    per_byte = len(model.tokenizer.encode(train)) / len(train.encode())
+    assert float(rows_of(tmp_path)[0]["nats_per_byte"]) == pytest.approx(math.log(300) * per_byte,
+                                                                        rel=1e-4)
+    torch.manual_seed(0)
+    block = gpt.GPT(gpt.Config(width=128)).blocks[0]
+    for layer in (block.attention.qkv, block.mlp[0]):
+        assert layer.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert not block.mlp[2].weight.any() and not block.attention.out.weight.any()
+
+
+def test_clocks_of_the_time_embedding():
+    e = ddpm.time_embedding(torch.tensor([3.0, 500.0]), 64)
+    for hand in (0, 7, 31):
+        angle = 500 * 10000 ** (-hand / 32)
+        assert e[1, hand].item() == pytest.approx(math.cos(angle), abs=1e-3)
+        assert e[1, 32 + hand].item() == pytest.approx(math.sin(angle), abs=1e-3)
