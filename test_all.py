@@ -2972,3 +2972,20 @@ def test_clocks_of_the_time_embedding():
         angle = 500 * 10000 ** (-hand / 32)
         assert e[1, hand].item() == pytest.approx(math.cos(angle), abs=1e-3)
         assert e[1, 32 + hand].item() == pytest.approx(math.sin(angle), abs=1e-3)
+
+
+def test_guidance_rises_from_row_to_row(tmp_path, monkeypatch):
+    model, asked = tiny_ddpm(), []
+    config = ddpm.Config(out=str(tmp_path), samples=25, guidance=3, prompt=["a three", "an eight"])
+    monkeypatch.setattr(ddpm, "sample", lambda model, prompts, steps, guidance, eta, seed: (
+        asked.append((prompts, guidance.tolist())), torch.zeros(len(prompts), 1, 28, 28))[1])
+    ddpm.draw_samples(ddpm.Run(config), model)
+    ((prompts, guidance),) = asked
+    assert guidance == [0.0] * 10 + [1.5] * 10 + [3.0] * 5
+    assert prompts == (["a three", "an eight"] * 13)[:25]
+
+
+def test_ddpm_is_judged_by_the_mean_over_its_pictures():
+    model, test = tiny_ddpm(diffusion_steps=6, test_images=12), ddpm.draw_digits(20, "a")[0]
+    bits = ddpm.bits_per_dim(model, test[:12] / 255, every=50, seed="test")
+    assert ddpm.judge(model, test) == {"test_bits_per_dim": pytest.approx(bits.mean().item())}
