@@ -2989,3 +2989,19 @@ def test_ddpm_is_judged_by_the_mean_over_its_pictures():
     model, test = tiny_ddpm(diffusion_steps=6, test_images=12), ddpm.draw_digits(20, "a")[0]
     bits = ddpm.bits_per_dim(model, test[:12] / 255, every=50, seed="test")
     assert ddpm.judge(model, test) == {"test_bits_per_dim": pytest.approx(bits.mean().item())}
+
+
+def test_the_cosine_schedule_is_that_of_the_paper():
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    alpha_bar = ddpm.cosine_schedule(1000)
+    for t in (0, 1, 250, 500, 990):
+        assert alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-6)
+
+
+def test_colours_of_the_vae_are_the_middles_of_its_bumps():
+    model = tiny_vae(channels=3, image_size=16)
+    z = torch.randn(4, 3)
+    with torch.no_grad():
+        middle, picture = model.decode(z), model.picture(z)
+    assert torch.equal(picture, middle.clamp(0, 1)) and 0 < picture.mean() < 1
