@@ -3005,3 +3005,16 @@ def test_colours_of_the_vae_are_the_middles_of_its_bumps():
     with torch.no_grad():
         middle, picture = model.decode(z), model.picture(z)
     assert torch.equal(picture, middle.clamp(0, 1)) and 0 < picture.mean() < 1
+
+
+def test_what_vae_logs_is_per_picture(data, tmp_path, monkeypatch):
+    terms = vae.elbo_terms
+
+    def known(model, x):
+        reconstruction, kl = terms(model, x)
+        return 0 * reconstruction - 5, 0 * kl + 2
+
+    monkeypatch.setattr(vae, "elbo_terms", known)
+    assert vae.main(arguments(data, tmp_path)) == 0
+    row = rows_of(tmp_path)[0]
+    assert float(row["kl"]) == pytest.approx(2) and float(row["loss"]) == pytest.approx(7)
