@@ -1,44 +1,45 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "tqdm>=4.66", "pillow>=10"]
+# dependencies = ["torch>=2.4", "tqdm>=4.66"]
 # ///
 # SPDX-License-Identifier: MIT
-"""The autoencoder and the variational autoencoder: squeeze a picture, rebuild it, dream up others.
+"""The autoencoder and the variational autoencoder: squeeze a face into 32 numbers, invent others.
 
-          encoder q(z|x)               the code z                  decoder p(x|z)
-    x -> 28x28 -> 14x14 -> 7x7 -> a few dozen numbers -> 7x7 -> 14x14 -> 28x28 -> x rebuilt
+         encoder q(z|x)         latent z                decoder p(x|z)
+    x -> 32x32 -> 16x16 -> 8x8 -> 32 numbers -> 8x8 -> 16x16 -> 32x32 -> x rebuilt
                                   ae:  z = mean
                                   vae: z = mean + sigma * eps,  eps ~ N(0, I)
 
-An autoencoder passes a picture through a narrow code and rebuilds it on the other side. It recalls
-well but cannot invent: between the codes that it uses lies no man's land, and a code picked there
-decodes to a scrawl. The variational autoencoder blurs every code a little (the eps) and pays for
-every code that strays from N(0, I). So codes overlap and fill the space: a draw from N(0, I)
-usually decodes to a picture, and a walk from code to code passes pictures all the way.
+An autoencoder squeezes a picture through a bottleneck and rebuilds it. It cannot invent: most
+points of its latent space belong to no picture. The variational autoencoder adds noise to every
+latent (the eps) and pays for latents that stray from N(0, I). So a draw from N(0, I) decodes to a
+face that never existed, and a walk through latent space passes faces all the way.
 
-    python vae.py                                          on digits that this script draws itself
-    python vae.py --kind ae                                the plain autoencoder, for comparison
-    python vae.py --latent-dim 2 --out out/vae-2           codes of two numbers: a map of them all
-    python vae.py --data mnist --steps 14500 --importance 5     MNIST (downloaded once), at its best
-    python vae.py --data cifar10 --latent-dim 128          in colour; or a folder of photographs
-    python vae.py --data mnist --steps 60000 --width 64 --batch-size 256 --out out/vae-gpu   GPU
+    python vae.py                     on faces that this script draws: no download
+    python vae.py --kind ae           the plain autoencoder, for comparison
+    python vae.py --latent-dim 2      latents of two numbers: the whole space on one map
+    python vae.py --data mnist --steps 14500 --importance 5    handwritten digits
+    python vae.py --data ./photos     pictures of your own
 
-Look in out/vae: samples.png, reconstructions.png, walk.png (an animation), map.png (if codes are
-of two numbers), metrics.csv, checkpoint.pt. Run the same command again and it goes on where it
-stopped; settings not given come from the checkpoint; on a finished model it only samples (--seed 1:
-other samples). On two cores of an AMD EPYC the plain command takes two minutes (Zen 5) to five (Zen
-3); on MNIST the bound on log p(x) reaches -83.7 nats in eight minutes (Zen 5; README).
-
-Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
-(arXiv:1312.6114) and Rezende, Mohamed, Wierstra 2014 (arXiv:1401.4082), the variational one; Burda,
-Grosse, Salakhutdinov 2015 (arXiv:1509.00519), the bound by which it is judged; Salimans et al. 2017
-(arXiv:1701.05517), the density of colours. The variational objective is theirs; the networks are
-convolutional and residual, where theirs, up to 2015, were fully connected.
+Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the autoencoder; Kingma, Welling 2013
+(arXiv:1312.6114), the variational one; Burda, Grosse, Salakhutdinov 2015 (arXiv:1509.00519), L_k.
 """
+import argparse
+import functools
+import gzip
+import io
 import math
+import os
+import struct
 import sys
+import tarfile
+import time
+import urllib.request
 import warnings
-from dataclasses import dataclass, field
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -47,69 +48,59 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# What no chapter defines is defined below the last one.
 
-
-def knob(default, about, *within):
-    """A setting: its default, its meaning, and its choices or its lowest and highest value."""
-    return field(default=default, metadata={"about": about, "within": within})
+def setting(default, help, *choices):
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
 class Config:
-    """Every setting, model first; the command line is made from it."""
-    kind: str = knob("vae", "ae is the plain autoencoder, vae the variational one", "ae", "vae")
-    beta: float = knob(1.0, "weight of the KL term (beta-VAE: Higgins et al. 2017)", 0, 1e4)
-    importance: int = knob(1, "draws per picture in the last 30 % of training (chapter 3)", 1, 100)
-    latent_dim: int = knob(32, "numbers in a code; with 2, map.png is drawn too", 1, 512)
-    width: int = knob(16, "channels at half the size, 3 times as many at a quarter", 1, 512)
-    image_size: int = knob(0, "height and width, in steps of 4; 0: 28, colour data 32", 0, 1024)
-    channels: int = knob(0, "1: grey, 3: colour, 0: as the data", 0, 3)
-    steps: int = knob(5000, "optimiser steps in total", 1, 10**8)
-    batch_size: int = knob(64, "pictures per step", 1, 2**16)
-    learning_rate: float = knob(4e-3, "peak of its schedule; lower it if training diverges", 0, 1)
-    draws: int = knob(100, "draws per picture when judging (k in chapter 3)", 1, 10**6)
-    test_images: int = knob(1000, "held-out pictures to judge on", 1, 10**6)
-    samples: int = knob(100, "pictures in samples.png", 1, 10**4)
-    data: str = knob("digits", "digits (drawn here), mnist, fashion, cifar10, a folder of IDX "
-                     "files, or a folder or .zip of photographs")
-    data_dir: str = knob("data", "where downloads are kept")
-    seed: int = knob(0, "for the run; once it is finished, for the samples only", 0, 2**31)
-    device: str = knob("auto", "auto: cuda, else mps, else cpu", "auto", "cpu", "cuda", "mps")
-    out: str = knob("", "folder of the results; if empty, out/vae, or out/vae-ae-mnist, say")
-    restart: bool = knob(False, "throw away the checkpoint in --out and begin afresh")
+    """Every setting; the command line is made from it. Helpers are at the end of the file."""
+    data: str = setting("faces", "faces (drawn here), mnist, fashion, cifar10, a folder of photos")
+    kind: str = setting("vae", "vae, or ae: the plain autoencoder", "vae", "ae")
+    beta: float = setting(0.0, "weight of the KL (chapter 3); 0: 1 for grey pictures, 20 in colour")
+    importance: int = setting(1, "latents per picture in the last 30 % of training (chapter 3)")
+    latent_dim: int = setting(32, "numbers in a latent; with 2, map.png is drawn, too")
+    width: int = setting(16, "channels at half the resolution; three times as many at a quarter")
+    image_size: int = setting(0, "height and width, a multiple of 4; 0: 28 if grey, else 32")
+    faces: int = setting(0, "faces to draw; 0: 40,000 at 32x32, fewer at larger sizes")
+    batch_size: int = setting(32, "pictures per step")
+    learning_rate: float = setting(4e-3, "its peak; lower it if training diverges")
+    steps: int = setting(7000, "optimiser steps in total")
+    samples: int = setting(100, "pictures in samples.png")
+    seed: int = setting(0, "of the run; on a finished model, of its samples")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    data_dir: str = setting("data", "where downloads are")
+    out: str = setting("", "folder of results; default: out/vae and what is not at its default")
+    restart: bool = setting(False, "throw away the checkpoint in --out and begin afresh")
+
+    FREE = ("steps", "samples", "seed", "device", "data_dir", "out", "restart")  # others are fixed
 
     def __post_init__(self):
-        check_config(self)
-        settle_shape(self, 4)  # a multiple of 4
-        if (self.kind == "ae") + (self.beta != 1) + (self.importance > 1) > 1:
-            fail("--kind ae, --beta and --importance exclude each other: give at most one")
+        settle(self)
 
 
-# ==== 1. The pictures =============================================================================
-# load_images (block `images`, below) has them all in memory, as bytes. B is the batch; C, H, W are
-# the channels, height and width of a picture: 1, 28, 28, or in colour 3, 32, 32. L is latent_dim.
+# ==== 1. Data =====================================================================================
+# Pictures are bytes (N, C, H, W), C = 1 (grey) or 3. B is the size of a batch, L of a latent.
 
 
-def scaled(pictures, generator=None):
-    """Bytes (B, C, H, W) -> floats. Colour keeps its 256 values, from 0 to 1; a grey pixel becomes
-    1 (ink) with its grey as the probability, else 0. In training each step draws anew, so the data
-    never quite repeat. And once pixels are coin tosses, "the probability of this picture" has a
-    meaning. (Burda et al. 2015, section 5, do so.)"""
-    x = pictures.float() / 255
-    return torch.bernoulli(x, generator=generator) if x.shape[1] == 1 else x
+def preprocess(images):
+    """Bytes (B, C, H, W) -> floats in [0, 1]. A grey pixel becomes 1 with its grey as probability,
+    else 0 (Burda et al. 2015, section 5): p(x|z) is then one probability for each pixel. Each epoch
+    draws anew, which keeps the network from learning pictures by heart."""
+    x = images.float() / 255
+    return torch.bernoulli(x) if x.shape[1] == 1 else x
 
 
-# ==== 2. Two networks, into the bottleneck and out of it ==========================================
-# To halve the resolution, 2x2 pixels of C channels are folded into one of 4C (space to depth); to
-# double it, unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). Nothing is lost, and no
-# convolution runs at 28x28, where it would cost four times what it costs at 14x14.
+# ==== 2. Encoder and decoder ======================================================================
+# To halve the resolution, 2x2 pixels of C channels are folded into one of 4 C (space to depth); to
+# double it, they are unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). Nothing is lost,
+# and no convolution runs at full resolution, where it costs most. Shapes are those of 32x32.
 
 
 class Residual(nn.Module):
-    """x + f(x) (He et al. 2015, arXiv:1512.03385): (B, C, H, W) -> the same. f is two convolutions,
-    each after its activation (2016, arXiv:1603.05027). The second starts at a tenth of its usual
-    size: f begins as almost nothing, and these networks train without normalisation."""
+    """x + f(x), (B, C, H, W) -> the same (He et al. 2015, arXiv:1512.03385). The second convolution
+    starts at a tenth of its usual size, so f is small at first, and no normalisation is needed."""
 
     def __init__(self, channels):
         super().__init__()
@@ -124,467 +115,400 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """q(z|x): pictures (B, C, H, W) -> (B, 2 L), means and log variances of their codes: a log
-    variance may be any number, and sigma = exp(logvar / 2) is positive. Shapes are for 28x28."""
+    """Pictures (B, C, H, W) -> (B, 2 L), mean and log variance, log(sigma^2), of q(z|x)."""
 
-    def __init__(self, config):
-        width, side = config.width, config.image_size // 4
+    def __init__(self, channels, size, width, latent_dim):
         super().__init__(
-            nn.PixelUnshuffle(2),                                    # (B, 4 C, 14, 14)
-            nn.Conv2d(4 * config.channels, width, kernel_size=3, padding=1),  # (B, width, 14, 14)
+            nn.PixelUnshuffle(2),                                          # (B, 4 C, 16, 16)
+            nn.Conv2d(4 * channels, width, kernel_size=3, padding=1),      # (B, width, 16, 16)
             Residual(width),
-            nn.PixelUnshuffle(2),                                    # (B, 4 width, 7, 7)
-            nn.Conv2d(4 * width, 3 * width, kernel_size=1),          # (B, 3 width, 7, 7)
+            nn.PixelUnshuffle(2),                                          # (B, 4 width, 8, 8)
+            nn.Conv2d(4 * width, 3 * width, kernel_size=1),                # (B, 3 width, 8, 8)
             Residual(3 * width), nn.SiLU(),
-            nn.Flatten(),                                            # (B, 147 width)
-            nn.Linear(3 * width * side**2, 256), nn.SiLU(),
-            nn.Linear(256, 2 * config.latent_dim))                   # (B, 2 L)
+            nn.Flatten(),
+            nn.Linear(3 * width * (size // 4)**2, 256), nn.SiLU(),
+            nn.Linear(256, 2 * latent_dim))                                # (B, 2 L)
 
 
 class Decoder(nn.Sequential):
-    """p(x|z): codes (B, L) -> (B, C, H, W), the log odds of ink at every pixel; in colour, the
-    middle of a bell-shaped bump for each value (chapter 3)."""
+    """Latents (B, L) -> (B, C, H, W): the logit of each grey pixel, the mean of each colour."""
 
-    def __init__(self, config):
-        width, side = config.width, config.image_size // 4
+    def __init__(self, channels, size, width, latent_dim):
         super().__init__(
-            nn.Linear(config.latent_dim, 256), nn.SiLU(),
-            nn.Linear(256, 3 * width * side**2),                     # (B, 147 width)
-            nn.Unflatten(1, (3 * width, side, side)),                # (B, 3 width, 7, 7)
+            nn.Linear(latent_dim, 256), nn.SiLU(),
+            nn.Linear(256, 3 * width * (size // 4)**2),
+            nn.Unflatten(1, (3 * width, size // 4, size // 4)),            # (B, 3 width, 8, 8)
             Residual(3 * width), Residual(3 * width),
-            nn.Conv2d(3 * width, 4 * width, kernel_size=1),          # (B, 4 width, 7, 7)
-            nn.PixelShuffle(2),                                      # (B, width, 14, 14)
+            nn.Conv2d(3 * width, 4 * width, kernel_size=1),                # (B, 4 width, 8, 8)
+            nn.PixelShuffle(2),                                            # (B, width, 16, 16)
             Residual(width), nn.SiLU(),
-            nn.Conv2d(width, 4 * config.channels, kernel_size=3, padding=1),  # (B, 4 C, 14, 14)
-            nn.PixelShuffle(2))                                      # (B, C, 28, 28)
+            nn.Conv2d(width, 4 * channels, kernel_size=3, padding=1),      # (B, 4 C, 16, 16)
+            nn.PixelShuffle(2))                                            # (B, C, 32, 32)
 
 
 class VAE(nn.Module):
-    """Encoder, decoder, and the Gaussian that samples' codes are drawn from. The autoencoder has
-    the same networks."""
+    """Encoder and decoder. The plain autoencoder (variational=False) has the same networks."""
 
-    def __init__(self, config):
+    def __init__(self, channels, size, width, latent_dim, variational=True):
         super().__init__()
-        self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        # In colour p(x|z) is a bump for each value (chapter 3); the log of its width, for R, G, B.
-        self.log_scale = nn.Parameter(torch.full((3,), -2.0)) if config.channels == 3 else None
-        # Sampling draws codes at prior_mean + prior_factor @ eps. That is N(0, I), the VAE's prior;
-        # the autoencoder has none, and fit_gaussian moves this to where its codes turn out to lie.
-        self.register_buffer("prior_mean", torch.zeros(config.latent_dim))
-        self.register_buffer("prior_factor", torch.eye(config.latent_dim))
+        self.latent_dim, self.variational = latent_dim, variational
+        self.encoder = Encoder(channels, size, width, latent_dim)
+        self.decode = Decoder(channels, size, width, latent_dim)
+        # In colour p(x|z) has a width, too: one for each of R, G and B (chapter 3).
+        self.log_scale = nn.Parameter(torch.full((3, 1, 1), -2.0)) if channels == 3 else None
+        if not variational:  # mean 0 and variance 1, so that samples can be decoded from N(0, I)
+            self.encoder.append(nn.BatchNorm1d(2 * latent_dim, affine=False))
+        self.at_once = max(1, 2**20 // size**2)  # pictures decoded together: this bounds memory
 
     def encode(self, x):
-        """Pictures (B, C, H, W), scaled -> mean, logvar, (B, L) each; ae: mean is the code."""
+        """Pictures (B, C, H, W) -> mean and logvar of q(z|x), both (B, L)."""
         return self.encoder(x).chunk(2, dim=1)
 
-    def decode(self, z):
-        """Codes (B, L) -> what the Decoder makes of them, (B, C, H, W)."""
-        return self.decoder(z)
+    @torch.no_grad()
+    def images(self, z):
+        """Latents (B, L) -> what they look like, (B, C, H, W) in [0, 1]."""
+        z = z.to(next(self.parameters()).device)
+        x = torch.cat([self.decode(part) for part in z.split(self.at_once)])
+        return x.sigmoid() if self.log_scale is None else x.clamp(0, 1)
 
-    def picture(self, z):
-        """Codes (B, L) -> what they look like, (B, C, H, W) in [0, 1]."""
-        x = self.decode(z)
-        return x.sigmoid() if self.config.channels == 1 else x.clamp(0, 1)
+    def log_prob(self, x, z):
+        """log p(x|z): pictures (B, C, H, W) and latents (B, L) -> (B,), in nats."""
+        if self.log_scale is None:
+            return log_bernoulli(self.decode(z), x)
+        return log_logistic(self.decode(z), self.log_scale, x)
 
-    def place(self, eps):
-        """Standard normal eps (B, L) -> the codes (B, L) that sampling draws."""
-        return self.prior_mean + eps @ self.prior_factor.T
+    def forward(self, x):
+        """Pictures (B, C, H, W) -> reconstruction and KL (chapter 3), both (B,), in nats. In the
+        plain autoencoder z is the mean, and there is no KL."""
+        mean, logvar = self.encode(x)
+        if not self.variational:
+            return self.log_prob(x, mean), torch.zeros_like(mean[:, 0])
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        return self.log_prob(x, z), kl_divergence(mean, logvar)
 
 
-# ==== 3. The objective ============================================================================
-# The model's story of a picture x: draw a code z from p(z) = N(0, I), decode it, toss a coin for
-# each pixel. The story is good if it makes real pictures probable, that is if log p(x) is large,
-# where p(x) = integral of p(x|z) p(z) dz. Estimating that with codes drawn at random is slow:
-# hardly any of them fit a given x. The encoder is the guide: q(z|x) = N(mean, sigma^2) proposes
-# codes worth trying. Write E_q for the mean over draws from q. By Jensen's inequality (the log of
-# a mean is at least the mean of the logs), in natural logarithms, so in nats,
+# ==== 3. Objective ================================================================================
+# The model draws a latent z from the prior p(z) = N(0, I), then the pixels from p(x|z), whose
+# parameters the decoder computes. Real pictures should be probable: log p(x) should be large, where
+# p(x) = integral of p(x|z) p(z) dz. A random z hardly ever fits a given x, so the encoder proposes
+# better ones, from q(z|x) = N(mean, sigma^2). Write E_q for the mean over draws from q. The log of
+# a mean is at least the mean of the logs (Jensen's inequality), so
 #
-#   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]        (the integral, times q and divided by q)
-#           >= E_q[ log p(x|z) ] - E_q[ log q(z|x) - log p(z) ]
-#            =   reconstruction  -  KL( q(z|x) || p(z) )        the evidence lower bound, or ELBO
+#   log p(x) = log E_q[ p(x|z) p(z) / q(z|x) ]                        (the integrand times q / q)
+#           >= E_q[ log p(x|z) ]  -  E_q[ log q(z|x) - log p(z) ]
+#            =   reconstruction   -  KL( q(z|x) || p(z) )             the evidence lower bound, ELBO
 #
-# (Kingma and Welling 2013, equation 3). The gap is KL(q(z|x) || p(z|x)), 0 if q is p(z|x),
-# the posterior. The KL has a closed form; one draw of z estimates the reconstruction. So that the
-# gradient reaches the encoder through that draw, z = mean + sigma * eps: chance comes from outside,
-# and z is a differentiable function of mean and sigma. That is the reparametrisation trick.
+# in nats (Kingma, Welling 2013, equation 3), equal if q(z|x) is the posterior p(z|x). The KL has a
+# closed form, and one draw of z estimates the reconstruction. The gradient reaches the encoder
+# through that draw, because z = mean + sigma * eps is a differentiable function of mean and sigma:
+# the randomness is in eps alone. This is the reparametrisation trick.
 
 
 def log_bernoulli(logits, x):
-    """log p(x|z), the log probability of all tosses: two (..., C, H, W) -> (...), nats. Given z the
-    tosses are independent, so their log probabilities ADD UP over the pixels. Averaging them, a
-    common mistake, gives the KL 784 times the weight, as --beta 784 does. Then it pays to ignore
-    the code, and every sample is the same grey blur."""
+    """log p(x|z) of pixels that are 0 or 1: logits and x, both (..., C, H, W) -> (...), in nats.
+    Given z the pixels are independent, so their log probabilities ADD UP. To average them, a common
+    mistake, weighs the KL 784 times as much: the latent is ignored, every sample a grey blur."""
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
 
-def log_logistic(middle, log_scale, x):
-    """log p(x|z) of colour: middle and x (..., 3, H, W), log_scale (3,) -> (...), nats. A value is
-    one of 256. Its p is the area, over its bin, 1/255 wide, of a bump: the logistic density, whose
-    integral is the sigmoid. So p = sigmoid(a) - sigmoid(b), a and b being the bin's upper and
-    lower end, less the middle, over scale. (For 0 and 1 the bin reaches to infinity, so that all
-    256 add up to 1: Salimans et al. 2017, arXiv:1701.05517, 2.1.) And p is also sigmoid(a)
-    sigmoid(-b) (1 - exp(b - a)), whose log is finite even where p is tiny."""
-    scale = log_scale.exp()[:, None, None]
-    a, b = ((x + half - middle) / scale for half in (1 / 510, -1 / 510))
-    low, high = F.logsigmoid(a), F.logsigmoid(-b)
-    inside = low + high + torch.log(-torch.expm1(-1 / 255 / scale))
-    return torch.where(x < 0.001, low, torch.where(x > 0.999, high, inside)).sum((-3, -2, -1))
-
-
-def log_fit(model, z, x):
-    """log p(x|z): codes (N, L), pictures (N, C, H, W) -> (N,), nats."""
-    if model.config.channels == 1:
-        return log_bernoulli(model.decode(z), x)
-    return log_logistic(model.decode(z), model.log_scale, x)
+def log_logistic(mean, log_scale, x):
+    """log p(x|z) of colours, of 256 levels: mean and x, both (..., 3, H, W), log_scale (3, 1, 1) ->
+    (...), in nats. A level's probability is the mass of a logistic distribution in its bin, 1/255
+    wide: sigmoid(b) - sigmoid(a), a and b being its ends less the mean, over the scale (Kingma et
+    al. 2016, arXiv:1606.04934). The bins of 0 and 1 reach to infinity: all masses add up to 1.
+    Written as sigmoid(b) sigmoid(-a) (1 - exp(a - b)), even a tiny mass has a finite log."""
+    scale = log_scale.exp()
+    log_below = F.logsigmoid((x + 1 / 510 - mean) / scale)
+    log_above = F.logsigmoid((mean - x + 1 / 510) / scale)
+    log_inside = log_below + log_above + torch.log(-torch.expm1(-1 / 255 / scale))
+    log_p = torch.where(x < 0.001, log_below, torch.where(x > 0.999, log_above, log_inside))
+    return log_p.sum((-3, -2, -1))
 
 
 def kl_divergence(mean, logvar):
-    """KL( N(mean, sigma^2) || N(0, I) ): two (B, L) -> (B,), nats (Kingma, Welling, appendix B)."""
+    """KL( N(mean, sigma^2) || N(0, I) ): mean and logvar, both (B, L) -> (B,), in nats (Kingma,
+    Welling 2013, appendix B)."""
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
 
 
-def elbo_terms(model, x):
-    """Pictures (B, C, H, W), scaled -> reconstruction (B,) and KL (B,), nats per picture. The
-    autoencoder's code is the mean itself, without noise and free of charge. Nothing else
-    differs in training."""
-    mean, logvar = model.encode(x)
-    if model.config.kind == "ae":
-        return log_fit(model, mean, x), torch.zeros_like(mean[:, 0])
-    z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    return log_fit(model, z, x), kl_divergence(mean, logvar)
-
-
-# A tighter bound. The ELBO lies below log p(x); how far depends on the guide. With a mean of k
-# draws inside the log the bound comes closer (Burda et al. 2015, equation 8):
+# In colour each of 3 H W values has 256 levels, and to predict them a little better is worth more
+# than any KL: latents become as precise as they can, all q(z|x) together cover little of N(0, I),
+# and a draw from it decodes to no face. So the KL counts beta = 20 times there (beta-VAE: Higgins
+# et al. 2017). The bound gets a little worse, and the samples much better.
+#
+# The mean of k draws inside the log gives a better bound (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
-# with z_i from q(z|x). (This L is theirs, not latent_dim.) L_1 is the ELBO, L_k never falls as k
-# grows, and its limit is, in general, log p(x). L_k judges the model in the end; with --importance
-# k the last steps of training maximise it, too.
+# with z_i from q(z|x). L_1 is the ELBO, L_k grows with k, and its limit is log p(x). The model is
+# judged by L_k, and with --importance k the last steps of training maximise it.
 
 
-def log_weights(model, x, k, generator=None):
-    """Pictures (B, C, H, W), scaled -> log w_1 ... log w_k for each of them, (B, k), nats."""
-    mean, logvar = (t[:, None] for t in model.encode(x))                                # (B, 1, L)
-    eps = torch.randn(len(x), k, mean.shape[2], generator=generator,
-                      device="cpu" if generator else x.device).to(x.device)             # (B, k, L)
-    z = mean + (0.5 * logvar).exp() * eps
-    fit = log_fit(model, z.flatten(0, 1), x.repeat_interleave(k, 0)).unflatten(0, (len(x), k))
-    return fit + 0.5 * (eps**2 + logvar - z**2).sum(2)
-    # the last term is log p(z) - log q(z|x), in which the constants of the two Gaussians cancel
+def log_weights(model, x, eps):
+    """log w_i: pictures (B, C, H, W) and noise eps (B, k, L) -> (B, k), in nats."""
+    mean, logvar = (t[:, None] for t in model.encode(x))                              # (B, 1, L)
+    z = mean + (0.5 * logvar).exp() * eps                                             # (B, k, L)
+    log_p = model.log_prob(x.repeat_interleave(eps.shape[1], 0), z.flatten(0, 1))     # (B k,)
+    # The last term is log p(z) - log q(z|x), in which the constants of the Gaussians cancel.
+    return log_p.view(eps.shape[:2]) + 0.5 * (eps**2 + logvar - z**2).sum(2)
 
 
 # ==== 4. Training =================================================================================
 def schedule(progress):
-    """Share of the peak learning rate at ``progress`` 0 to 1: half a cosine, times a short ramp."""
+    """Learning rate, as a share of its peak, at ``progress`` 0 to 1: a ramp, then half a cosine."""
     return min(1.0, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(config):
-    """Train what is left to train, judge, draw, all into ``config.out`` -> the VAE in eval mode.
-    Raises UserError (wrong data, setting, checkpoint or folder), FloatingPointError (it diverged),
-    KeyboardInterrupt (it was stopped; the same call goes on, less restart)."""
+    """Train what is left, judge and sample; all goes to ``config.out`` -> the VAE, in eval mode.
+    UserError if data, settings or folder will not do, FloatingPointError if training diverges."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("vae.py is for one process: start it without torchrun")
     device = pick_device(config.device)
-    torch.manual_seed(seed_of(config.seed, "weights"))
-    model = VAE(config).to(device, memory_format=torch.channels_last)
+    torch.manual_seed(config.seed)
+    model = new_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    run = Run(config, model=model, optimizer=optimizer)  # restores, counts, saves (block runs)
+    run = Run(config, model=model, optimizer=optimizer)  # continues the run in config.out, if any
     if not run.finished:
-        data = load_images(config.data, config.data_dir, config.image_size, config.channels)
-        run.same_data(data.train, data.test)
-        pictures = data.train.to(device)  # MNIST's 60,000 are 47 MB
+        data = load_images(config)
+        images = data.train.to(device)
+        beta = config.beta or (1 if model.log_scale is None else 20)
         for step in run.steps():
-            # The next batch in this epoch's order (run knows the step), its coins tossed anew.
-            x = scaled(pictures[run.batch_rows(len(pictures)).to(device)])
-            if step < 0.7 * config.steps or config.importance == 1:
-                # Encode, draw a code, decode: how well was it rebuilt, what did the code cost?
-                reconstruction, kl = elbo_terms(model, x)
-                loss = (config.beta * kl - reconstruction).mean()
-                run.log(kl=kl.mean())
-            else:
-                log_w = log_weights(model, x, config.importance)  # the loss is -L_k
-                loss = (math.log(config.importance) - log_w.logsumexp(1)).mean()
-            # Gradients, clipped to a length of 100: a wild batch must not undo the work of many.
+            torch.manual_seed(hash((config.seed, step)))  # a resumed run draws the same numbers
+            # Learning rate
+            progress = (step + 0.5) / config.steps
+            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(progress)
+            # Batch
+            x = preprocess(images[batch_rows(config, step, len(images), device)])
+            # Loss: minus the ELBO or, in the last steps with --importance, minus L_k
+            reconstruction, kl = model(x)
+            loss = (beta * kl - reconstruction).mean()
+            if config.importance > 1 and progress > 0.7:
+                eps = torch.randn(len(x), config.importance, config.latent_dim, device=device)
+                log_w = log_weights(model, x, eps)
+                loss = math.log(config.importance) - log_w.logsumexp(1).mean()
+            # Gradient, clipped: a rare large one must not undo the work of many steps. Update
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=100)
-            run.log(loss=loss, grad_norm=grad_norm)  # raises FloatingPointError if not finite
-            share = schedule((step + 0.5) / config.steps)  # and now the update
-            optimizer.param_groups[0]["lr"] = config.learning_rate * share
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1e4)
             optimizer.step()
-            if run.due(10):  # now and then, to see how it is getting on
-                fit_gaussian(model, data.train[:10000])
-                draw_samples(run, model)
-                draw_reconstructions(run, model, data.test)
-        fit_gaussian(model, data.train[:10000])
+            run.log(loss=loss, kl=kl.mean(), grad_norm=grad_norm)
+            if (step + 1) % max(1, config.steps // 10) == 0:
+                draw_samples(run, model.eval())
+                model.train()
+        model.eval()
         draw_reconstructions(run, model, data.test)
         draw_walk(run, model, data.test)
+        if config.data == "faces":
+            draw_directions(run, model, data)
         run.finish(judge(model, data.test))
-    draw_samples(run, model)
-    run.report()
-    return model.eval()
+    draw_samples(run, model.eval())
+    return model
 
 
-def mean_codes(model, pictures):
-    """Bytes (N, C, H, W) -> the means of their codes, (N, L)."""
-    tosses, device = seeded("codes"), model.prior_mean.device
-    with evaluating(model):
-        return torch.cat([model.encode(scaled(some.cpu(), tosses).to(device))[0]
-                          for some in pictures.split(500)])
-
-
-def fit_gaussian(model, pictures):
-    """For the autoencoder: the mean and covariance of the codes of ``pictures`` (N, C, H, W). The
-    VAE is paid to put its codes where N(0, I) has its mass. The autoencoder puts them where it
-    likes; a Gaussian around them also covers codes of no picture at all, and samples show it."""
-    if model.config.kind == "ae":
-        codes = mean_codes(model, pictures).cpu().double()
-        ridge = 1e-6 * torch.eye(codes.shape[1])  # in case one of a code's numbers is never used
-        covariance = codes.T.cov(correction=0).view_as(ridge) + ridge        # (L, L), even for L=1
-        model.prior_mean.copy_(codes.mean(0))
-        model.prior_factor.copy_(torch.linalg.cholesky(covariance))
+@torch.no_grad()
+def mean_latents(model, images):
+    """Bytes (N, C, H, W) -> the means of their q(z|x), (N, L)."""
+    x, device = preprocess(images), next(model.parameters()).device
+    return torch.cat([model.encode(part.to(device))[0] for part in x.split(model.at_once)])
 
 
 # ==== 5. Sampling =================================================================================
 def sample(model, n, seed=None):
-    """n new pictures, floats (n, C, H, W) in [0, 1]: decoded draws from N(0, I) (ae: its Gaussian).
-    They are the probabilities of ink (in colour, the middles of the bumps): noise would only add
-    grain. The same seed gives the same pictures; None draws from torch's global generator."""
-    noise = None if seed is None else seeded(seed, "sample")
-    eps = torch.randn(n, model.config.latent_dim, generator=noise).to(model.prior_mean.device)
-    with evaluating(model):
-        return torch.cat([model.picture(model.place(e)) for e in eps.split(500)])
+    """n new pictures, (n, C, H, W) in [0, 1]: decoded draws from the prior. They are the means of
+    p(x|z), since a draw from it adds noise to every pixel. The same seed gives the same pictures;
+    None draws from torch's global generator."""
+    generator = seed if seed is None else torch.Generator().manual_seed(seed)
+    return model.images(torch.randn(n, model.latent_dim, generator=generator))
 
 
 def draw_walk(run, model, test):
-    """walk.png: 24 walkers stroll in straight lines past four test pictures each, and home again.
-    The still image, for viewers without animation, has the first three walks."""
-    walkers, stops, frames = 24, 4, 24
-    codes = mean_codes(model, test[torch.arange(stops * walkers) % len(test)])
-    codes, film = codes.unflatten(0, (stops, walkers)), []                    # (stops, walkers, L)
-    with evaluating(model):
-        for frame in range(frames):
-            leg, way = divmod(frame * stops / frames, 1)
-            z = codes[int(leg)].lerp(codes[(int(leg) + 1) % stops], way)      # at last home again
-            film.append(model.picture(z).cpu())                               # (walkers, C, H, W)
-    still = torch.stack([frame[:3] for frame in film[::frames // 8]], 1).flatten(0, 1)
-    run.write("walk.png", png(grid(still, 8), [grid(frame, 8) for frame in film]))
+    """walk.png, an animation: 24 walks in straight lines past the latents of four test pictures."""
+    walks, stops, frames = 24, 4, 24
+    latents = mean_latents(model, test[torch.arange(stops * walks) % len(test)])
+    latents = latents.unflatten(0, (stops, walks))                             # (stops, walks, L)
+    film = []
+    for frame in range(frames):
+        stop, share = divmod(frame * stops / frames, 1)
+        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # at last home again
+        film.append(grid(model.images(z), 8))
+    run.write("walk.png", png(*film))
 
 
-def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode. UserError if it is not vae.py's."""
-    state = read_checkpoint(path)
-    model = VAE(Config(**state["config"]))
-    with fitting(path):
-        model.load_state_dict(state["model"])
-    return model.to(device, memory_format=torch.channels_last).eval()
+def draw_directions(run, model, data):
+    """directions.png: a difference in meaning is a direction in latent space. Sad test faces with
+    black hair move in five steps by the difference between two mean latents: of smiling and of sad
+    faces, of faces with and without glasses, of faces with blond and with black hair."""
+    names = [FACES[label] + "." for label in data.test_labels]
+    latents = mean_latents(model, data.test)
+
+    def mean(word):
+        return latents[[i for i, name in enumerate(names) if word in name]].mean(0)
+
+    moves = (mean("smiling") - mean("sad"), mean("glasses.") - mean("hair."),
+             mean("blond") - mean("black"))
+    starts = [i for i, name in enumerate(names) if "sad" in name and "black hair." in name][:6]
+    steps = torch.linspace(0, 1, 5, device=latents.device)[:, None]
+    z = torch.cat([latents[i] + steps * move for i in starts for move in moves])
+    run.write("directions.png", png(grid(model.images(z), 15)))
 
 
-# ==== 6. Judging, on pictures that it never saw ===================================================
-def bounds(model, images, k, generator=None):
-    """Pictures (B, C, H, W), scaled -> KL, ELBO and an estimate of L_k, (3, B), nats a picture. At
-    most 1000 codes at a time are in memory."""
-    if model.config.kind == "ae":
-        fail("an autoencoder has no likelihood: its codes have no probability")
-    parts, images = [], images.to(model.prior_mean.device)
-    with evaluating(model):
-        for x in tqdm(images.split(max(1, 1000 // k)), "judging", leave=False, delay=1):
-            log_w = torch.cat([log_weights(model, x, min(1000, k - done), generator)
-                               for done in range(0, k, 1000)], 1)                       # (b, k)
-            kl, elbo = kl_divergence(*model.encode(x)), log_w.mean(1)  # the ELBO is E[log w]
-            parts.append(torch.stack([kl, elbo, log_w.logsumexp(1) - math.log(k)]))
-    return torch.cat(parts, 1)
-
-
+# ==== 6. Judging, on held-out pictures ============================================================
+@torch.no_grad()
 def log_likelihood(model, images, k, seed=None):
-    """An unbiased estimate of L_k, a lower bound on log p(x): pictures (B, C, H, W), grey ones of 0
-    and 1, colour in [0, 1] of 256 levels -> (B,), nats a picture."""
-    return bounds(model, images, k, None if seed is None else seeded(seed, "draws"))[2]
+    """An estimate of L_k, a lower bound on log p(x): pictures (N, C, H, W) in [0, 1], grey ones
+    of 0 and 1 only -> (N,), in nats. UserError for the autoencoder, which has no p(x)."""
+    if not model.variational:
+        raise UserError("an autoencoder has no likelihood: its latents have no distribution")
+    generator = seed if seed is None else torch.Generator().manual_seed(seed)
+    bounds, images = [], images.to(next(model.parameters()).device)
+    for x in tqdm(images.split(max(1, model.at_once // k)), "judging", leave=False, delay=2):
+        eps = torch.randn(len(x), k, model.latent_dim, generator=generator).to(x.device)
+        log_w = [log_weights(model, x, some) for some in eps.split(model.at_once, dim=1)]
+        bounds.append(torch.cat(log_w, dim=1).logsumexp(1) - math.log(k))
+    return torch.cat(bounds)
 
 
+@torch.no_grad()
 def judge(model, test):
-    """Means over the first ``test_images`` pictures, in nats per picture; in colour (vae) also in
-    bits per value; ae: the reconstruction alone. Seeds are fixed: the same tosses for all."""
-    x = scaled(test[:model.config.test_images], seeded("test")).to(model.prior_mean.device)
-    if model.config.kind == "ae":
-        with evaluating(model):
-            rebuilt = torch.cat([elbo_terms(model, some)[0] for some in x.split(500)])
-        return {"test_reconstruction": rebuilt.mean().item()}
-    kl, elbo, bound = bounds(model, x, model.config.draws, seeded("draws")).mean(1).tolist()
-    figures = {"test_reconstruction": elbo + kl, "test_kl": kl, "test_elbo": elbo,
-               "test_bound": bound}
-    if model.config.channels == 3:
-        figures["test_bits_per_dim"] = -bound / math.log(2) / x[0].numel()
+    """Means over 1,000 held-out pictures, in nats; in colour also in bits per value, the size of a
+    picture compressed with this model over 3 H W."""
+    torch.manual_seed(0)  # the same noise for every model
+    x = preprocess(test[:1000]).to(next(model.parameters()).device)
+    terms = torch.cat([torch.stack(model(part)) for part in x.split(model.at_once)], dim=1)
+    figures = dict(zip(("reconstruction", "kl"), terms.mean(1).tolist(), strict=True))
+    if model.variational:
+        figures["bound"] = log_likelihood(model, x, k=10).mean().item()
+        if model.log_scale is not None:
+            figures["bits_per_value"] = -figures["bound"] / math.log(2) / x[0].numel()
     return figures
 
 
 def main(argv=None):
-    """The command line, ``argv`` or the process's own -> exit status (see launch)."""
-    return launch(argv, train)
+    """The command line, ``argv`` or the process's own -> exit status."""
+    return exit_status(train, argv)
 
 
-# ==== Plumbing: blocks that stand, equal to the letter, in several files of this collection =======
-# (What this script alone has comes last.) They ask of this file its name, the settings that are
-# fixed once training has begun, and those on whose change a trained model is judged again.
+# ==== Utilities ===================================================================================
 NAME = "vae"
-FIXED = ("kind", "beta", "importance", "latent_dim", "width", "image_size", "channels", "data",
-         "batch_size", "seed")
-JUDGING = ("draws", "test_images")
+SAVE_SECONDS = 30  # between two checkpoints
+URLS = {"mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+        "cifar10": "https://www.cs.toronto.edu/~kriz/"}
+DATASETS = ("faces", *URLS)
+# Half the width of the mouth, heights of its lips and corners, light inside; brows: rise and slant
+MOODS = {"smiling": (0.25, 0.00, 0.19, -0.07, 0.97, 0.00, 0.0),
+         "sad": (0.20, -0.03, 0.06, 0.15, 0.30, 0.00, 0.6),
+         "surprised": (0.13, -0.09, 0.17, 0.03, 0.12, 0.08, 0.0)}
+HAIR = {"black": (0.10, 0.09, 0.11), "brown": (0.42, 0.25, 0.14), "blond": (0.93, 0.77, 0.36),
+        "red": (0.78, 0.29, 0.10), "grey": (0.68, 0.68, 0.71)}
+FACES = [f"{mood} face with {length} {colour} hair{glasses}" for mood in MOODS
+         for length in ("short", "long") for colour in HAIR for glasses in ("", " and glasses")]
 
 
-# ---- block: runs (the same in every file) ----
-# Around a training loop: settings, seeds, checkpoints, metrics, stopping, downloads, errors.
-import argparse, ctypes, functools, gzip, hashlib, io, os, signal, threading, time, zipfile, zlib
-import http.client, urllib.request
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
-from pathlib import Path
+def draw_samples(run, model):
+    """samples.png and, where a latent is two numbers, map.png."""
+    run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
+    if model.latent_dim == 2:
+        steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)  # as dense as N(0, 1)
+        z = torch.cartesian_prod(steps, steps).flip(1)                                   # (400, 2)
+        run.write("map.png", png(grid(model.images(z), 20)))
 
 
-class UserError(Exception):
-    """What the user can mend: on the command line one line on stderr and exit status 2."""
+def draw_reconstructions(run, model, test):
+    """reconstructions.png: test pictures, and on the right of each what the model rebuilds."""
+    test = test[torch.arange(50) % len(test)]
+    pairs = torch.stack([test / 255, model.images(mean_latents(model, test)).cpu()], dim=1)
+    run.write("reconstructions.png", png(grid(pairs.flatten(0, 1), 10)))
 
 
-def fail(message):
-    raise UserError(message)
+def new_model(config):
+    return VAE(*image_shape(config), config.width, config.latent_dim, config.kind == "vae")
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def check_config(config):
-    """Refuse a value out of range or of the wrong type; tidy ``data``; give ``out`` its default."""
-    special = [NAME]
-    for f in fields(config):
-        value, kind, within = getattr(config, f.name), type(f.default), f.metadata["within"]
-        fits = type(value) is kind or (kind, type(value)) in ((float, int), (tuple, list))
-        if fits and within:
-            fits = value in within if kind is str else within[0] <= value <= within[1]
-        if not fits:
-            wanted = (" or " if kind is str else " to ").join(map(str, within)) or kind.__name__
-            fail(f"{flag(f.name)} takes {wanted}, not {value!r}")
-        if f.name == "data":  # ./folder/ is folder, wherever it is compared
-            if not all(value.split(",")):
-                fail("--data takes a name or a path")
-            value = config.data = ",".join(os.path.normpath(part) for part in value.split(","))
-        if f.name in ("kind", "generator", "data") and value != f.default:
-            special += [Path(part).resolve().stem for part in value.split(",")]
-    config.out = config.out or str(Path("out", "-".join(special)))
+def load(path, device="cpu"):
+    """The VAE of a checkpoint, in eval mode. UserError if the file is no checkpoint of vae.py."""
+    state = read_checkpoint(path)
+    model = new_model(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval()
 
 
 def command_line(argv):
-    """Config from the flags that are given, then the checkpoint in ``--out``, then the defaults."""
-    parser = argparse.ArgumentParser(f"{NAME}.py", None, __doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
+    """The Config that ``argv`` asks for; what it leaves out comes from the checkpoint in --out."""
+    parser = argparse.ArgumentParser(f"{NAME}.py", argparse.SUPPRESS, __doc__.split("\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        how = {"action": "append"} if f.default == () else how
-        default = "" if f.default in ("", ()) or f.default is False else f" (default {f.default})"
-        about = (f.metadata["about"] + default).replace("%", "%%")
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **how)
+        about = f.metadata["help"] + (f" (default {f.default})" if f.default else "")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=about.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
-    out = Config(**{n: given[n] for n in ("out", "kind", "generator", "data") if n in given}).out
-    path = Path(out, "checkpoint.pt")
-    if path.exists() and not given.get("restart"):
-        state = read_checkpoint(path)
-        # (If it has not begun, and other data are asked for, its settings do not bind.)
-        if state["step"] or given.get("data") in (None, state["config"]["data"]):
-            given = state["config"] | given | {"out": out}
+    path = Path(given.get("out", ""), "checkpoint.pt")
+    if "out" in given and path.exists() and "restart" not in given:
+        given = read_checkpoint(path)["config"] | {"device": "auto"} | given
     return Config(**given)
 
 
-def launch(argv, job):
-    """job(Config from argv) -> exit status: 0, 1 diverged, 2 user's mistake, 130 or 143 stopped."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
+def settle(config):
+    """Refuse values that no run can use, and give ``out`` its default."""
+    folder = NAME
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        too_small = not isinstance(value, str) and (value < 0 or value == 0 and f.default != 0)
+        if too_small or choices and value not in choices:
+            takes = " or ".join(choices) or "a larger number"
+            raise UserError(f"--{f.name.replace('_', '-')} takes {takes}, not {value}")
+        if f.name not in config.FREE and value != f.default:
+            brief = f.name in ("kind", "generator", "data")
+            folder += f"-{Path(value).resolve().stem}" if brief else f"-{f.name}{value}"
+    config.out = config.out or str(Path("out", folder))
 
+
+class UserError(ValueError):
+    """An error the user can fix: one line on stderr, exit status 2."""
+
+
+def exit_status(job, argv):
+    """job(Config of ``argv``) -> 0, or 1 if it diverged, 2 after a UserError, 130 if stopped."""
     try:
-        with on_signals(stop):
-            job(command_line(argv))
+        job(command_line(argv))
         return 0
-    except KeyboardInterrupt as error:
-        status = 128 + (error.args or (signal.SIGINT,))[0]
-        words = "stopped; the same command, less any --restart, goes on"
-    except BrokenPipeError:  # "| head" has seen enough; nothing may be flushed there at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; run the same command, without --restart, to continue"
+    except (UserError, FloatingPointError) as error:
+        status, message = 2 if isinstance(error, UserError) else 1, f"error: {error}"
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
             raise
-        status, words = 1 if isinstance(error, FloatingPointError) else 2, f"error: {error}"
-    print(f"{NAME}.py:", *words.split(), file=sys.stderr)
+        status, message = 2, "error: out of memory: try a smaller --batch-size"
+    print(f"{NAME}.py:", *message.split(), file=sys.stderr)
     return status
 
 
-@contextmanager
-def on_signals(handler):
-    """Inside, Ctrl-C and SIGTERM call ``handler``. Only the main thread may say so."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)
-
-
-@contextmanager
-def evaluating(model):
-    """Inside, no gradients and eval mode; afterwards the mode that was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+@functools.cache  # each message once
+def warn(message):
+    tqdm.write(f"{NAME}.py: {message}", file=sys.stderr)
 
 
 def pick_device(name):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there["cpu"] = True
-    name = next(n for n in there if there[n]) if name == "auto" else name
-    return torch.device(name) if there[name] else fail(f"--device {name}: torch finds none here")
+    """The torch.device of that name; auto is cuda, else mps, else cpu."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if name not in ("auto", *found, "cpu"):
+        raise UserError(f"--device {name}: torch finds none here")
+    return torch.device([*found, "cpu"][0] if name == "auto" else name)
 
 
-def seed_of(*what):
-    """(seed, step), say -> 32 bits, all that torch's generator on a CPU takes."""
-    return zlib.crc32(repr(what).encode())
-
-
-def seeded(*what):
-    return torch.Generator().manual_seed(seed_of(*what))
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(count, seed, epoch):
-    return torch.randperm(count, generator=seeded(seed, "epoch", epoch))
-
-
-def together():
-    """True where several processes train one model (see the block ranks, in some files)."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def leading():
-    """True in the one process that writes and speaks."""
-    return not together() or torch.distributed.get_rank() == 0
-
-
-def to_bytes(tensor):
-    tensor = tensor.cpu().contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+def batch_rows(config, step, count, device):
+    """The rows, of ``count``, in the batch of ``step``: each epoch walks its own permutation."""
+    size = min(config.batch_size, count)
+    epoch, place = divmod(step, count // size)
+    generator = torch.Generator(device).manual_seed(hash((config.seed, 0, epoch)))
+    return torch.randperm(count, generator=generator, device=device)[place * size:][:size]
 
 
 def write_file(path, content):
-    """Write a file whole or not at all: beside it, flushed, then renamed over it."""
-    if not leading():
-        return
-    partial = path.with_name(path.name + ".partial")
+    """Write bytes whole or not at all: to a temporary file, which then replaces ``path``."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -593,562 +517,304 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def download(urls, path, digest):
-    """Fetch ``path`` from the first url where ``digest`` is right: an md5 of the file or a sha256
-    of its content, unpacked if it is a .gz, or "zip", where no more is known than that."""
-    for url in urls:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply:
-                size = int(reply.headers.get("Content-Length") or 0) or None
-                with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
-                    content = b"".join(iter(lambda: body.read(1 << 16), b""))
-            unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
-            md5 = hashlib.md5(content, usedforsecurity=False)
-            whole = digest == "zip" and not zipfile.ZipFile(io.BytesIO(content)).testzip()
-            if whole or digest in (md5.hexdigest(), hashlib.sha256(unpacked).hexdigest()):
-                return write_file(path, content)
-            trouble = f"{url}: wrong checksum"
-        except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error,
-                zipfile.BadZipFile) as error:
-            trouble = f"{url}: {error}"
-    fail(f"cannot download {path.name} ({trouble}); without a network, put it at {path} yourself")
+def download(url, path):
+    """Fetch ``path`` from ``url``, unless it is there already."""
+    if path.exists():
+        return
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            size = int(reply.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(reply, "read", total=size, desc=path.name, leave=False) as body:
+                content = b"".join(iter(lambda: body.read(2**16), b""))
+    except OSError as error:
+        raise UserError(f"cannot download {url} ({error}): put the file at {path}") from None
+    write_file(path, content)
 
 
 def read_checkpoint(path):
-    """What Run.save wrote, on the CPU. UserError where ``path`` is anything else."""
+    """What Run.save wrote. UserError where the file is anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        ours = state["script"] == NAME and Config(**state["config"])
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
+        if state["script"] == f"{NAME}.py 2":
+            return state
     except Exception:  # torch.load raises a dozen kinds of error on junk
-        ours = False
-    return state if ours else fail(f"{path} is not a checkpoint of this {NAME}.py: choose another "
-                                   "--out, or give --restart to throw it away")
-
-
-@contextmanager
-def fitting(path):
-    """Inside, networks and the like take what ``path`` holds for them. UserError if it is odd."""
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        fail(f"{path} does not fit this version of the script: give --restart to throw it away, or "
-             "choose another --out")
+        pass
+    raise UserError(f"{path} is no checkpoint of this {NAME}.py: use another --out, or --restart")
 
 
 class Run:
-    """A training run, restored if ``config.out`` has its checkpoint. ``saved`` names what goes into
-    it: anything with a state_dict. UserError if the checkpoint began with other FIXED settings."""
-    kept = ("step", "seconds", "data", "judged", "rows", "sums", "frames")
-    agree = staticmethod(lambda number: number)  # with the block ranks: all processes stop together
+    """A training run and what it leaves in ``config.out``. ``saved`` is what its checkpoint holds,
+    anything with a state_dict. Where there is a checkpoint, the run continues from it."""
 
     def __init__(self, config, **saved):
-        self.config, self.saved, self.written = config, saved, {}
-        self.path = Path(config.out, "checkpoint.pt")
-        self.step, self.seconds, self.data, self.judged = 0, 0.0, None, False
-        self.rows, self.sums, self.frames = [], {}, []  # of metrics.csv, its next row, a film
-        if self.path.exists() and not config.restart:
-            state = read_checkpoint(self.path)
-            if state["step"]:  # else it has not begun, and nothing binds it
-                self.restore(state)
-
-    def restore(self, state):
-        begun, now = state["config"], asdict(self.config)
-        with fitting(self.path):
-            vars(self).update({name: state[name] for name in self.kept})
-            self.judged = self.judged and all(begun[name] == now[name] for name in JUDGING)
-            for name in FIXED:
-                if begun[name] != now[name] and not (name == "seed" and self.finished):
-                    self.refuse(f"began with {flag(name)} {begun[name]}")
-            for name, thing in self.saved.items():
-                thing.load_state_dict(state[name])
-
-    def refuse(self, why):
-        fail(f"{self.path} {why}: give --restart to throw it away, or choose another --out")
-
-    @property
-    def finished(self):
-        """Trained and judged: only sampling is left."""
-        return self.judged and self.step >= self.config.steps
-
-    def same_data(self, *tensors):
-        """UserError if these are not the data with which the run began."""
-        crc = functools.reduce(lambda crc, tensor: zlib.crc32(to_bytes(tensor), crc), tensors, 0)
-        if self.data not in (None, crc):
-            self.refuse("began with other data")
-        self.data = crc
-
-    def batch_rows(self, count):
-        """Which of ``count`` rows make the batch: every epoch walks its own permutation of them."""
-        size = self.config.batch_size
-        first, last = self.step * size // count, ((self.step + 1) * size - 1) // count
-        order = [epoch_order(count, self.config.seed, epoch) for epoch in range(first, last + 1)]
-        return torch.cat(order)[self.step * size - first * count:][:size]
+        self.config, self.saved, self.path = config, saved, Path(config.out, "checkpoint.pt")
+        self.mine = self.path.exists() and os.path.getmtime(self.path)
+        state = read_checkpoint(self.path) if self.mine and not config.restart else {"config": {}}
+        self.step, self.rows, self.figures, self.unread = *state.get("progress", (0, [], {})), []
+        self.finished = bool(self.figures) and self.step >= config.steps
+        for name, begun in state["config"].items():
+            value = getattr(config, name)
+            if value == begun or name in config.FREE and (name != "seed" or self.finished):
+                continue
+            if name != "data" or value in DATASETS or begun in DATASETS:
+                raise UserError(f"{self.path} began with --{name.replace('_', '-')} {begun}: use "
+                                "another --out, or --restart")
+            warn(f"the run in {config.out} began with --data {begun}")  # it may have moved
+        for name in state.keys() & saved:
+            saved[name].load_state_dict(state[name])
 
     def steps(self):
-        """Yield the steps that are left. Chance in step t comes from (seed, t) alone: on a CPU a
-        killed run ends like one that was not. Saves first, every 30 s, when stopped, at the end."""
-        total, stopped_by = self.config.steps, []
-
-        def stop(number, frame):
-            stopped_by.append(number)
-            if len(stopped_by) > 1:  # the second time, at once
-                raise KeyboardInterrupt(number)
-
-        if self.step >= total:
-            return
-        with on_signals(stop), tqdm(total=total, initial=self.step, desc=NAME,
-                                    disable=not leading()) as bar:
-            self.judged = False
-            self.save()  # a folder that cannot be written is better known before the work
-            clock = last_save = time.perf_counter()
-            while self.step < total:
-                torch.manual_seed(seed_of(self.config.seed, self.step))
-                yield self.step
-                self.step += 1
-                bar.update()
-                now = time.perf_counter()
-                self.seconds, clock = self.seconds + now - clock, now
-                if self.step % 20 == 0 or self.step == total:
-                    row = {n: round(sum(v) / len(v), 6) for n, v in self.sums.items()}
-                    self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)} | row)
-                    self.sums = {}
-                    bar.set_postfix({name: f"{mean:.4g}" for name, mean in row.items()})
-                stop_now = self.agree(stopped_by[0] if stopped_by else 0)
-                if stop_now or self.step == total or now > last_save + 30:
-                    self.save()
-                    last_save = time.perf_counter()
-                if stop_now:
-                    raise KeyboardInterrupt(stop_now)
-
-    def due(self, times):
-        """True in the first step after each of ``times`` equal parts of the run but the last."""
-        part = self.config.steps / times
-        return self.step > 0 and self.step // part > (self.step - 1) // part
+        """Save now, so that an unwritable folder fails before training -> the steps left."""
+        self.figures = {}
+        self.save()
+        steps = self.config.steps
+        self.bar = tqdm(range(self.step, steps), NAME, initial=self.step, total=steps)
+        return self.bar
 
     def log(self, **figures):
-        """For the bar and metrics.csv: means over 20 steps. When one is not finite,
-        FloatingPointError stops the run before this step is saved."""
-        for name, value in figures.items():
-            number = torch.as_tensor(value).item()
-            if not math.isfinite(number):
-                raise FloatingPointError(f"{name} is {number} at step {self.step}: try a lower "
-                                         f"--learning-rate; {self.path} keeps the last good state")
-            self.sums.setdefault(name, []).append(number)
-
-    def film(self, images):
-        """Pictures (N, C, H, W) in [0, 1], kept as the next of 20 frames at most of a film."""
-        if len(self.frames) > 19:  # the run was made longer: every second one stays
-            del self.frames[1::2]
-        self.frames.append((images.cpu() * 255).round().byte())
+        """The end of a step. Figures stay tensors; every 20 steps, and at the last, their means are
+        read (only here the host waits for the device), checked, shown, and saved if it is time."""
+        self.step += 1
+        self.unread.append(torch.stack([value.detach() for value in figures.values()]))
+        if self.step % 20 and self.step < self.config.steps:
+            return
+        means = torch.stack(self.unread).mean(0).tolist()
+        row = {name: float(f"{mean:.6g}") for name, mean in zip(figures, means, strict=True)}
+        if not all(map(math.isfinite, row.values())):
+            raise FloatingPointError(f"step {self.step} has {row}: try a lower --learning-rate; "
+                                     f"{self.path} keeps the last good state")
+        self.rows.append({"step": self.step} | row)
+        self.bar.set_postfix(row)
+        self.unread = []
+        if time.monotonic() > self.saved_at + SAVE_SECONDS or self.step == self.config.steps:
+            self.save()
 
     def save(self):
-        """checkpoint.pt, and metrics.csv as of the same step."""
-        state = {name: getattr(self, name) for name in self.kept}
-        plain = {f.name: False for f in fields(self.config) if f.default is False}
-        state |= {"script": NAME, "config": asdict(self.config) | plain}  # such flags pass
-        state |= {name: thing.state_dict() for name, thing in self.saved.items()}
+        """checkpoint.pt and metrics.csv. UserError if another run has written the checkpoint."""
+        if self.path.exists() and os.path.getmtime(self.path) != self.mine:
+            raise UserError(f"another run writes {self.path}: choose another --out")
+        state = {name: thing.state_dict() for name, thing in self.saved.items()}
+        state |= {"script": f"{NAME}.py 2", "progress": (self.step, self.rows, self.figures),
+                  "config": vars(self.config) | {"restart": False}}
         memory = io.BytesIO()
         torch.save(state, memory)
         write_file(self.path, memory.getbuffer())
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        rows = [[str(row.get(name, "")) for name in names] for row in self.rows]
-        self.write("metrics.csv", "".join(",".join(row) + "\n" for row in [names, *rows]).encode())
+        self.mine, self.saved_at = os.path.getmtime(self.path), time.monotonic()
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        lines = [names, *([str(row.get(name, "")) for name in names] for row in self.rows)]
+        self.write("metrics.csv", "".join(",".join(line) + "\n" for line in lines).encode())
 
     def finish(self, figures):
-        """The held-out figures go into the last row: the run is trained and judged."""
-        if not self.rows or self.rows[-1]["step"] != self.step:  # stopped between two rows
-            self.rows.append({"step": self.step, "seconds": round(self.seconds, 2)})
-        self.rows[-1].update({name: round(value, 6) for name, value in figures.items()})
-        self.judged = True
+        """The figures on held-out data end a run."""
+        self.figures = {name: round(value, 5) for name, value in figures.items()}
+        self.rows[-1] |= {f"test_{name}": value for name, value in self.figures.items()}
         self.save()
+        print(f"{self.config.out}, on held-out data: {self.figures}")
 
     def write(self, name, content):
-        write_file(self.path.with_name(name), content)
-        self.written[name] = str(self.path.with_name(name))
-
-    def report(self):
-        if not leading():
-            return
-        held_out = {n: v for n, v in self.rows[-1].items() if n.startswith("test_")}
-        print(f"{self.step} steps, {self.seconds:.0f} s; held out:",
-              ", ".join(f"{name[5:]} {value:.5g}" for name, value in held_out.items()))
-        if self.written:
-            print("wrote", ", ".join(self.written.values()))
-# ---- end block ----
-
-
-# ---- block: pictures (the same in every file) ----
-# PNG and animated PNG, written with zlib alone; photographs, read with Pillow. Needs the block
-# runs.
-import struct
-
-
-def grid(images, columns, scale=2):
-    """Pictures (N, C, H, W) in [0, 1] -> one sheet, bytes (height, width, C); any N from 1 on."""
-    columns = min(columns, len(images))
-    images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
-    images = F.pad(images, (0, 1, 0, 1), value=64)                            # a thin grey line
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
-    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
-    sheet = sheet.flatten(2, 3).flatten(0, 1)
-    return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-
-
-def png(still, frames=(), milliseconds=100):
-    """Bytes (H, W, 1 or 3) -> a PNG file. With frames of the same size it is an animation (APNG, in
-    PNG's third edition, W3C 2025), and ``still`` is what a viewer without animation shows."""
-    def chunk(kind, body):
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    def pack(picture):  # a row is stored as its difference to the row above (filter 2)
-        rows = picture.flatten(1)
-        rows = torch.cat([rows[:1], rows[1:] - rows[:-1]])  # bytes, hence modulo 256
-        return zlib.compress(to_bytes(F.pad(rows, (1, 0), value=2)), 9)
-
-    height, width, channels = still.shape
-    header = struct.pack(">2I5B", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
-    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
-    if frames:
-        parts.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
-    parts.append(chunk(b"IDAT", pack(still)))
-    for i, frame in enumerate(frames):  # a control chunk and the pixels, numbered through
-        control = struct.pack(">5I2H2B", 2 * i, width, height, 0, 0, milliseconds, 1000, 0, 0)
-        parts.append(chunk(b"fcTL", control))
-        parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + pack(frame)))
-    return b"".join(parts) + chunk(b"IEND", b"")
-
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-
-
-def picture_files(path):
-    """The pictures below a folder or in a .zip, by name, in order: {"trainA/1.jpg": read, ...},
-    where read() gives the file's bytes. A .zip is read in memory and never unpacked to disk."""
-    path = Path(path)
-
-    def member(archive, info):
-        def read():
-            if info.file_size > 1 << 28:
-                raise ValueError("it would unpack to more than 256 MiB")
-            return archive.read(info)
-        return read
-
-    try:
-        if path.is_dir():
-            found = {p.relative_to(path).as_posix(): p.read_bytes for p in path.rglob("*")}
-        else:
-            archive = zipfile.ZipFile(path)
-            found = {info.filename: member(archive, info) for info in archive.infolist()}
-    except (OSError, NotImplementedError, ValueError, zipfile.BadZipFile) as error:
-        fail(f"{path} is neither a folder nor a whole .zip: {error}")
-    return {name: found[name] for name in sorted(found) if name.lower().endswith(ENDINGS)
-            and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
-
-
-def read_picture(name, read, size=None):
-    """One picture -> bytes (3, H, W), RGB whatever the file holds; with ``size``, its middle
-    square, scaled to (3, size, size). UserError if it cannot be read."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        fail("photographs need one more package: pip install pillow")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd notes beside the pixels
-            picture = Image.open(io.BytesIO(read()))
-            if picture.width * picture.height > 1 << 26:
-                raise ValueError("it has more than 64 million pixels")
-            picture.draft("RGB", (size or picture.width,) * 2)  # a JPEG can be read smaller at once
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # grey of 16 bits
-                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            elif "A" in picture.getbands() or "transparency" in picture.info:  # onto white
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-            if size:
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        rows = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return rows.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
-    except Exception as error:  # Pillow and zipfile raise a dozen kinds of error on junk
-        fail(f"cannot read {name}: {error}")
-
-
-def read_pictures(files, size):
-    """(name, read) pairs -> bytes (N, 3, size, size), and which of the pairs they are. What cannot
-    be read is left out, with a word about it; UserError where nothing is left."""
-    pictures, kept, troubles = [], [], []
-    bar = tqdm(files, desc="reading", leave=False, delay=1, disable=not leading())
-    for i, (name, read) in enumerate(bar):
+        """A file in ``out``. If it cannot be written, a warning is enough."""
         try:
-            pictures.append(read_picture(name, read, size))
-            kept.append(i)
+            write_file(self.path.with_name(name), content)
         except UserError as error:
-            troubles.append(str(error))
-    if troubles and (not pictures or "pip install" in troubles[0]):
-        fail(troubles[0])
-    if troubles and leading():
-        print(f"{NAME}.py: left out {len(troubles)} of {len(files)}: {troubles[0]}",
-              file=sys.stderr)
-    return torch.stack(pictures), kept
-# ---- end block ----
+            warn(f"warning: {error}")
 
 
-# ---- block: images (the same in every file) ----
-# Small pictures and what each of them shows, in memory as bytes: drawn here, from IDX files, from
-# CIFAR-10's archive, or photographs. Needs the blocks runs and pictures.
-import tarfile
-from collections import namedtuple
-
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
-           "bag", "ankle boot"]
-CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-PUBLISHED = {  # mirrors, and for each file a sha256 of its content or, if short, an md5 of the .gz
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-              "https://storage.googleapis.com/cvdf-datasets/mnist/",
-              ["ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-               "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-               "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-               "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"]),
-    "fashion": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/"
-                "data/fashion/",
-                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-                 "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"])}
-HANDS = [  # each digit as several hands write it: points xy (right, down, 0 to 9), / lifts the pen
-    ["61 40 22 15 18 39 69 86 83 71 50", "50 23 16 29 59 77 74 62 41"],
-    ["51 54 59", "23 41 50 54 59", "23 50 54 59/29 59 89"],
-    ["13 20 50 72 74 46 19 19 59 89", "12 30 60 73 56 28 17 27 58 88"],
-    ["12 30 60 72 63 44 44 74 77 58 29 17", "11 41 71 71 44 44 65 77 59 28"],
-    ["30 23 15 15 55 85/71 65 59", "70 43 15 15 55 85/60 65 69", "21 14 26 56 75/81 74 67 59"],
-    ["21 20 14 14 43 74 77 59 28/21 51 81", "81 51 31 24 24 54 76 68 39"],
-    ["70 40 22 15 18 39 69 77 65 45 26", "60 33 16 28 59 77 65 35 17"],
-    ["12 11 41 81 81 64 46 39", "11 51 81 81 54 48 49/35 55 75", "12 10 40 80 80 63 49"],
-    ["72 60 30 12 23 55 77 69 39 17 26 53 72", "50 23 24 45 66 77 59 29 17 35 64 73 61 50"],
-    ["72 50 20 13 25 55 73 71 71 75 69", "71 40 13 25 54 72 71 73 66 49 28"]]
+def grid(images, columns):
+    """Pictures (N, C, H, W) in [0, 1] -> one sheet, twice as large, bytes (height, width, C)."""
+    images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
+    images = F.pad(images, (0, 1, 0, 1), value=64)                             # a thin grey line
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
+    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return sheet.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
 
 
-# Pictures are bytes (N, C, H, W); labels (N,) say which of the names each one shows.
+def png(*frames):
+    """Bytes (H, W, 1 or 3) -> a PNG file; several are the frames of an animation, ten a second."""
+    def chunk(kind, body):
+        body = kind + body
+        return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width, channels = frames[0].shape
+    parts = [chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, channels - 1, 0, 0, 0))]
+    if len(frames) > 1:
+        parts.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
+    for i, frame in enumerate(frames):
+        rows = frame.flatten(1)  # each has a filter before it: 2 is the difference to the row above
+        rows = F.pad(torch.cat([rows[:1], rows.diff(dim=0)]), (1, 0), value=2)
+        pixels = zlib.compress(bytes(rows.flatten().tolist()), 9)
+        if len(frames) > 1:  # a control chunk before the pixels; all chunks but IDAT are numbered
+            parts.append(chunk(b"fcTL", struct.pack(">5I2H2B", max(0, 2 * i - 1), width, height,
+                                                    0, 0, 1, 10, 0, 0)))
+        parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i) + pixels) if i else
+                     chunk(b"IDAT", pixels))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+# A data set: bytes (N, C, H, W), and labels (N,); names[label] is what a picture shows.
 Images = namedtuple("Images", "train train_labels test test_labels names")
 
 
-def is_photographs(name):
-    """Whether this exists and is no folder of IDX files."""
-    path = Path(name)
-    here = name not in ("", "digits", "cifar10", *PUBLISHED) and path.exists()
-    return here and not any((path / f"{IDX_FILES[0]}{end}").exists() for end in ("", ".gz"))
+def image_shape(config):
+    """Channels and size of the pictures that ``config`` asks for."""
+    grey = config.data in ("mnist", "fashion")
+    if config.image_size % 4:
+        raise UserError(f"--image-size {config.image_size} is not a multiple of 4")
+    return 1 if grey else 3, config.image_size or (28 if grey else 32)
 
 
-def settle_shape(config, multiple):
-    """Give ``channels`` and ``image_size`` the data's own where they are 0; check both."""
-    colour = config.data == "cifar10" or is_photographs(config.data)
-    config.channels = config.channels or (3 if colour else 1)
-    config.image_size = config.image_size or (32 if colour else 28)
-    if config.channels == 2:
-        fail("--channels takes 1 or 3, or 0 for what the data has")
-    if config.image_size % multiple:
-        fail(f"--image-size {config.image_size} must be a multiple of {multiple}")
-
-
-def draw_digits(count, seed):
-    """Handwriting: bytes (count, 1, 28, 28), and labels digit + 10 * bold + 20 * slanted, (count,).
-    A stroke is a smooth curve through jittered points, its ink a sum of Gaussian blobs along it. A
-    blob is separable, so the sum is a matrix product: (28, places) @ (places, 28). Clamping makes
-    it a stroke with soft edges."""
-    g = seeded("digits", seed)
-    digit, bold, slanted = (torch.randint(n, (count,), generator=g) for n in (10, 2, 2))
-    jitter = 0.4 * torch.randn(count, 16, 2, generator=g)
-    shift = 0.7 * torch.randn(count, 1, 2, generator=g)
-    u = torch.rand(7, count, generator=g)
-    size, aspect, turn = 16.5 + 4 * u[0], 0.65 + 0.35 * u[1], 0.2 * u[2] - 0.1
-    pressure, hand = u[3] - 0.5, u[4]
-    lean = torch.where(slanted == 1, 0.32 + 0.28 * u[5], 0.16 * u[5] - 0.06)
-    radius = torch.where(bold == 1, 1.05 + 0.3 * u[6], 0.58 + 0.22 * u[6])
-    cos, sin = turn.cos(), turn.sin()  # pose: where a step to the right goes, and a step down
-    pose = torch.stack([aspect * cos, aspect * sin, -sin - lean * cos, cos - lean * sin], 1)
-    pose = (pose * size[:, None] / 9).view(-1, 2, 2)
-    pictures = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
-    for d, h in [(d, h) for d, hands in enumerate(HANDS) for h in range(len(hands))]:
-        strokes = [[[int(x), int(y)] for x, y in s.split()] for s in HANDS[d][h].split("/")]
-        # Interpolating an identity matrix gives what each point weighs at each place of the curve.
-        curves = [F.interpolate(torch.eye(len(s))[None, None], (max(24, 8 * len(s)), len(s)),
-                                mode="bicubic", align_corners=True)[0, 0] for s in strokes]
-        curve = torch.block_diag(*curves)                                      # (places, points)
-        pace = torch.block_diag(*(torch.gradient(c, dim=0)[0] for c in curves))
-        points = torch.tensor([point for s in strokes for point in s]).float()      # (points, 2)
-        chosen = (digit == d) & ((hand * len(HANDS[d])).int() == h)
-        for rows in chosen.nonzero()[:, 0].split(2000):
-            posed = (points + jitter[rows, :len(points)]) @ pose[rows]            # (n, points, 2)
-            at, pen = curve @ posed, (pace @ posed).norm(dim=2)    # (n, places, 2), (n, places)
-            at = at - (at.amin(1, True) + at.amax(1, True)) / 2 + 13.5 + shift[rows]
-            r = 1 + pressure[rows, None] * torch.linspace(-0.5, 0.5, len(curve))
-            r = r * radius[rows, None]                                            # (n, places)
-            blob = (-0.5 * ((torch.arange(28) - at[..., None]) / r[..., None, None])**2).exp()
-            ink = (blob[:, :, 1] * (pen / r)[..., None] / math.tau**0.5).mT @ blob[:, :, 0]
-            pictures[rows, 0] = ((ink - 0.2) * 510).clamp(0, 255).byte()
-    return pictures, digit + 10 * bold + 20 * slanted
-
-
-def read_idx(path, digest=""):
-    """An IDX file of bytes, plain or .gz -> tensor. UserError where it is damaged or another."""
+def load_images(config):
+    """The data set of ``config``, all of it in memory: of MNIST 55 MB, of CIFAR-10 184."""
+    name, size, folder = config.data, image_shape(config)[1], Path(config.data_dir, config.data)
+    if name == "faces":
+        count = config.faces or 40000 * 32 // size
+        test = draw_faces(max(200, count // 8), 2, size)
+        return Images(*draw_faces(count, 1, size), *test, FACES)
+    if name not in DATASETS:
+        return read_photographs(Path(name), size)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            head = file.read(4)
-            sizes = file.read(4 * head[3])
-            shape = struct.unpack(f">{head[3]}I", sizes)
-            if head[:3] != b"\0\0\x08" or not 0 < math.prod(shape) < 2**30:
-                raise ValueError("it holds no bytes, or too many")
-            body = file.read(math.prod(shape) + 1)
-        if len(body) != math.prod(shape):
-            raise ValueError("it is cut short or too long")
-        if len(digest) == 64 and hashlib.sha256(head + sizes + body).hexdigest() != digest:
-            raise ValueError("it is not the published one: delete it, and it is fetched again")
-    except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
-        fail(f"{path} is not a good IDX file: {error}")
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+        tensors = read_cifar10(folder) if name == "cifar10" else read_idx_files(folder)
+    except (OSError, EOFError, LookupError, RuntimeError, ValueError, zlib.error,
+            tarfile.TarError) as error:
+        raise UserError(f"{folder}: {error} (a damaged file? delete it)") from None
+    if size != tensors[0].shape[2]:
+        tensors[::2] = [F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+                        for images in tensors[::2]]
+    return Images(*tensors, names=None)
 
 
-def read_idx_files(name, data_dir):
-    """mnist, fashion or a folder with the four IDX files -> Images, (N, 1, 28, 28)."""
-    *mirrors, digests = PUBLISHED.get(name, [[""] * 4])
-    folder, tensors = Path(data_dir, name) if mirrors else Path(name), []
-    for file, digest in zip(IDX_FILES, digests, strict=True):
-        path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
-        if mirrors and not path.exists():
-            download([mirror + path.name for mirror in mirrors], path, digest)
-        if not path.exists():
-            fail(f"{folder} holds no {file}, plain or .gz")
-        tensors.append(read_idx(path, digest))
-    x, y, x_test, y_test = tensors
-    if not (x.shape == (*y.shape, 28, 28) and x_test.shape == (*y_test.shape, 28, 28)):
-        fail(f"{folder}: pictures of 28x28 are needed, and a label for each")
-    more = [str(i) for i in range(10, int(max(y.max(), y_test.max())) + 1)]  # of letters, say
-    names = (FASHION if name == "fashion" else DIGITS) + more
-    return Images(x[:, None], y.long(), x_test[:, None], y_test.long(), names)
+def read_idx_files(folder):
+    """The four gzipped IDX files of MNIST or Fashion-MNIST: (N, 1, 28, 28), labels, twice."""
+    tensors = []
+    for part in "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1":
+        path = folder / f"{part}-ubyte.gz"
+        download(URLS[folder.name] + path.name, path)
+        with gzip.open(path) as file:
+            content = bytearray(file.read())
+        content = torch.frombuffer(content, dtype=torch.uint8)  # headers have 16 and 8 bytes
+        tensors.append(content[16:].view(-1, 1, 28, 28) if "images" in part else content[8:].long())
+    return tensors
 
 
-def read_cifar10(data_dir):
-    """CIFAR-10's binary archive, read in memory -> Images, (N, 3, 32, 32)."""
-    path = Path(data_dir, "cifar10", "cifar-10-binary.tar.gz")
-    if not path.exists():
-        download([f"https://www.cs.toronto.edu/~kriz/{path.name}"], path,
-                 "c32a1d4ab5d03f1284b67883e8d87530")
+def read_cifar10(folder):
+    """CIFAR-10's binary archive: (N, 3, 32, 32), labels, twice."""
+    path = folder / "cifar-10-binary.tar.gz"
+    download(URLS["cifar10"] + path.name, path)
+    tensors = []
+    with tarfile.open(path) as archive:
+        for names in [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]:
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in names]
+            content = bytearray(b"".join(file.read() for file in files))
+            records = torch.frombuffer(content, dtype=torch.uint8).view(-1, 1 + 3 * 32 * 32)
+            tensors += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()]
+    return tensors
+
+
+def read_photographs(folder, size):
+    """The middle squares of all photographs in a folder -> Images. The innermost folder names what
+    one shows. Held out are test, else val, beside train; or every tenth. Results are left out."""
     try:
-        with gzip.open(path) as file:  # 184 MB; whatever unpacks to more is cut
-            archive = tarfile.open(fileobj=io.BytesIO(file.read(1 << 28)), mode="r:")
-        parts = []
-        for batches in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
-            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in batches]
-            records = torch.frombuffer(bytearray(b"".join(file.read() for file in files)),
-                                       dtype=torch.uint8).view(-1, 1 + 3 * 32 * 32)
-            if records[:, 0].max() > 9:
-                raise ValueError("a label is above 9")
-            parts += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()]
-    except (OSError, EOFError, KeyError, AttributeError, ValueError, RuntimeError, IndexError,
-            tarfile.TarError, zlib.error) as error:
-        fail(f"{path} is not a good CIFAR-10 archive: {error}")
-    return Images(*parts, CIFAR10)
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise UserError("photographs need one more package: pip install pillow") from None
+    results = {path.parent for path in folder.rglob("checkpoint.pt")}
+    files = sorted(path for path in folder.rglob("*.*")
+                   if path.is_file() and path.name[0] != "." and not results & set(path.parents))
+    beside = [name for name in ("test", "val") if (folder / name).is_dir()]
+    splits = ["train", beside[0]] if beside and (folder / "train").is_dir() else []
+    images, kinds, tested, failed = [], [], [], []
+    for path in tqdm(files, "reading", leave=False, delay=2):
+        *folders, _ = path.relative_to(folder).parts
+        try:
+            test = splits.index(folders.pop(0)) if splits else len(images) % 10 == 0
+            image = Image.open(path)
+            image.draft("RGB", (size, size))  # a large JPEG can be read at a fraction of its size
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = bytearray(ImageOps.fit(image.convert("RGB"), (size, size)).tobytes())
+        except Exception:  # in neither split, or no picture: Pillow raises a dozen kinds of error
+            failed.append(path)
+            continue
+        images.append(torch.frombuffer(pixels, dtype=torch.uint8).view(size, size, 3))
+        kinds.append(["picture", *folders][-1])
+        tested.append(bool(test))
+    if failed:
+        warn(f"{folder}: left out {len(failed)} of {len(files)} files, {failed[0]} the first")
+    if len(set(tested)) < 2:
+        raise UserError(f"--data {folder}: neither one of {', '.join(DATASETS)} nor a folder with "
+                        "two readable pictures")
+    names = sorted(set(kinds))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # mix the kinds
+    images, test = torch.stack(images)[order].permute(0, 3, 1, 2), torch.tensor(tested)[order]
+    labels = torch.tensor([names.index(kind) for kind in kinds])[order]
+    return Images(images[~test], labels[~test], images[test], labels[test], names)
 
 
-def read_photographs(path, size):
-    """A folder or .zip of pictures -> Images, (N, 3, size, size), of each its middle square. The
-    innermost folder names what a picture shows; where there is none, it is a "picture". Folders
-    train and test say what is what; if one is missing, every tenth picture, by name, is held
-    out."""
-    files, labels, splits = picture_files(path), [], []
-    for name in files:
-        *folders, _ = name.lower().split("/")
-        kinds = [folder for folder in folders if folder not in ("train", "test")]
-        words = kinds[-1].replace("_", " ").replace("-", " ").split() if kinds else []
-        labels.append(" ".join(words) or "picture")
-        splits.append({"train", "test"} & set(folders))
-    tested = [split == {"test"} for split in splits]
-    if not any(tested) or {"train"} not in splits:
-        every = min(10, len(files))
-        tested = [i % every == every - 1 for i in range(len(files))]
-    names, parts = sorted(set(labels)), []
-    for held_out in (False, True):
-        some = [(file, names.index(label)) for file, label, test in
-                zip(files.items(), labels, tested, strict=True) if test == held_out]
-        if not some:
-            fail(f"{path}: no IDX files, and fewer than two pictures, one of them to judge on")
-        order = torch.randperm(len(some), generator=seeded("order"))  # or the first are of one kind
-        some = [some[i] for i in order]
-        pictures, kept = read_pictures([file for file, _ in some], size)
-        parts += [pictures, torch.tensor([label for _, label in some])[kept]]
-    return Images(*parts, names)
+def draw_faces(count, seed, size=32):
+    """Faces of nobody: uint8 (count, 3, size, size), and labels (count,), which index FACES."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(len(FACES), (count,), generator=generator)
+    bar = tqdm(labels.split(250), "drawing faces", leave=False, delay=2)
+    return torch.cat([paint_faces(some, size, generator) for some in bar]), labels
 
 
-def fitted(pictures, size, channels):
-    """Bytes (N, 1 or 3, H, W) -> (N, channels, size, size); grey is 0.3 R + 0.59 G + 0.11 B."""
-    if pictures.shape[1:] == (channels, size, size):
-        return pictures
-    parts = []
-    for some in pictures.split(1000):
-        if some.shape[1] > channels:
-            grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-            some = (some * grey).sum(1, keepdim=True).round().byte()
-        if some.shape[2] != size:
-            some = F.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
-        parts.append(some.round().byte().expand(-1, channels, -1, -1))
-    return torch.cat(parts)
+def paint_faces(labels, size, generator):
+    """Paint the faces of ``labels`` (N,), from back to front: uint8 (N, 3, size, size). x goes from
+    -0.9 to 0.9, to the right, y likewise, down; the head is about 1 wide and 1.2 tall."""
+    def each(values):  # one row of numbers for each face -> (N, numbers, 1, 1)
+        return values.float().view(len(labels), -1, 1, 1)
 
+    def about(middle, spread, channels=1):
+        chance = torch.randn(len(labels), channels, generator=generator)
+        return middle + spread * each(chance.clamp(-2, 2))
 
-def load_images(name, data_dir, size=28, channels=1):
-    """digits, mnist, fashion, cifar10, a folder of IDX files, or photographs -> Images: of MNIST 55
-    MB, of CIFAR-10 184 MB, of 10,000 photographs 31 MB at 32x32 and 123 MB at 64x64."""
-    if name == "digits":
-        kinds = [f"{w} {s}" for s in ("upright", "slanted") for w in ("thin", "bold")]
-        names = [f"{kind} {digit}" for kind in kinds for digit in DIGITS]
-        data = Images(*draw_digits(60000, "train"), *draw_digits(10000, "test"), names)
-    elif name == "cifar10":
-        data = read_cifar10(data_dir)
-    elif is_photographs(name):
-        data = read_photographs(name, size)
-    elif name in PUBLISHED or name and Path(name).is_dir():
-        data = read_idx_files(name, data_dir)
-    else:
-        fail(f"no data set {name}: give digits, mnist, fashion, cifar10, a folder of IDX files, or "
-             "a folder or .zip of photographs")
-    return data._replace(train=fitted(data.train, size, channels),
-                         test=fitted(data.test, size, channels))
-# ---- end block ----
+    def soft(depth):  # how deep a pixel lies in a shape -> how much of it the shape covers
+        return (depth * size / 1.8 + 0.5).clamp(0, 1)
 
+    def ellipse(x, y, width, height):
+        return soft((1 - (x / width)**2 - (y / height)**2) * (width / 2))
 
-# ==== Pictures that train writes ==================================================================
-def draw_samples(run, model):
-    """samples.png and, when a code is two numbers, map.png: 95 % of the prior along each axis."""
-    run.write("samples.png", png(grid(sample(model, run.config.samples, run.config.seed), 10)))
-    if model.config.latent_dim == 2:
-        # Equal steps in probability: the inverse of the Gaussian's distribution function takes an
-        # even grid on the unit square to points that lie as densely as N(0, I).
-        steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
-        eps = torch.cartesian_prod(steps, steps).flip(1).to(model.prior_mean.device)  # (400, 2)
-        with evaluating(model):
-            run.write("map.png", png(grid(model.picture(model.place(eps)), 20)))
-
-
-def draw_reconstructions(run, model, test):
-    """reconstructions.png: four rows of originals, below each what comes back (grey: of a toss)."""
-    test = test[torch.arange(40) % len(test)]
-    with evaluating(model):
-        rebuilt = model.picture(mean_codes(model, test)).cpu()
-    pairs = torch.stack([(test / 255).unflatten(0, (4, 10)), rebuilt.unflatten(0, (4, 10))], 1)
-    run.write("reconstructions.png", png(grid(pairs.flatten(0, 2), 10)))
+    axis, turn = (torch.arange(size) + 0.5) * 1.8 / size - 0.9, about(0, 0.06)
+    x, y = axis - turn / 2, axis[:, None] - about(0.02, 0.03)
+    face = x - turn  # a head that turns moves its face further than its outline
+    mood, long, glasses = labels // 20, each(labels // 10 % 2), each(labels % 2)
+    hair = each(torch.tensor(list(HAIR.values()))[labels // 2 % 5]) * about(0.97, 0.05)
+    light, dark, red = torch.tensor([[0.98, 0.82, 0.70], [0.42, 0.27, 0.18],
+                                     [0.62, 0.15, 0.17]])[:, :, None, None]              # (3, 1, 1)
+    skin, wide, tall = light.lerp(dark, about(0.45, 0.25)), about(0.5, 0.02), about(0.6, 0.02)
+    picture = about(0.7, 0.13, 3) * (1 - 0.12 * axis[:, None]).expand(3, size, size)
+    paint = picture.lerp_  # a colour, and how much of each pixel it covers
+    paint(skin * 0.9, ellipse((x + 0.4 * turn).abs() - wide, y - 0.05, 0.09, 0.13))           # ears
+    paint(hair * 0.8, ellipse(x, y - 0.15, wide + 0.17, about(0.8, 0.04)) * long)
+    paint(about(0.5, 0.18, 3), ellipse(x, y - 1.15, 0.75, 0.45))                             # shirt
+    paint(skin * 0.85, ellipse(x, y - 0.62, 0.18, 0.33))                                      # neck
+    paint(skin, ellipse(x, y, wide, tall))
+    hairline = about(-0.36, 0.025) + 0.8 * (face - about(0, 0.12))**2
+    paint(hair, ellipse(x, y + 0.06, wide + 0.06, tall + 0.05) * soft(hairline - y))
+    width, upper, lower, corner, inside, rise, slant = each(
+        torch.tensor(list(MOODS.values()))[mood]).split(1, dim=1)                     # (N, 1, 1, 1)
+    apart, y_eye = about(0.215, 0.012), y + 0.04
+    side = face.abs() - apart  # both eyes at once, seen from the middle of each
+    white, black = torch.tensor(0.97), torch.tensor(0.1)
+    paint(white, ellipse(side, y_eye, 0.105, 0.08 + 0.3 * rise))
+    paint(black, ellipse((face - 0.3 * turn).abs() - apart, y_eye, 0.058, 0.065))           # pupils
+    brow = y_eye + 0.19 + rise - slant * side - 1.5 * side**2
+    paint(hair * 0.55, torch.minimum(soft(0.04 - brow.abs()), soft(0.13 - side.abs())))
+    paint(skin * 0.8, ellipse(face, y - 0.13, 0.05, 0.07))                                    # nose
+    y_mouth, bend = y - about(0.29, 0.01), (face / width)**2  # between two parabolas, the lips
+    mouth = torch.minimum(y_mouth - upper.lerp(corner, bend), lower.lerp(corner, bend) - y_mouth)
+    paint(red, soft(mouth + 0.035) * soft(1.2 * width - face.abs()))
+    paint(inside, soft(mouth))
+    rims = soft(0.03 - ((side**2 + y_eye**2).sqrt() - 0.155).abs())
+    bridge = torch.minimum(soft(0.025 - y_eye.abs()), soft(apart - 0.155 - face.abs()))
+    paint(black, torch.maximum(rims, bridge) * glasses)
+    return (picture.clamp(0, 1) * 255).round().byte()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a letter that the terminal lacks is no error
     sys.exit(main())
