@@ -15,13 +15,13 @@ points of its latent space belong to no picture. The variational autoencoder add
 latent (the eps) and pays for latents that stray from N(0, I). So a draw from N(0, I) decodes to a
 face that never existed, and a walk through latent space passes faces all the way.
 
-    python vae.py                     on faces that this script draws: no download
+    python vae.py                     on faces that this script draws; see out/vae/samples.png
     python vae.py --kind ae           the plain autoencoder, for comparison
     python vae.py --latent-dim 2      latents of two numbers: the whole space on one map
-    python vae.py --data mnist --steps 14500 --importance 5    handwritten digits
+    python vae.py --data mnist        handwritten digits
     python vae.py --data ./photos     pictures of your own
 
-Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the autoencoder; Kingma, Welling 2013
+Papers: Hinton, Salakhutdinov 2006 (Science 313, 504), the deep autoencoder; Kingma, Welling 2013
 (arXiv:1312.6114), the variational one; Burda, Grosse, Salakhutdinov 2015 (arXiv:1509.00519), L_k.
 """
 import argparse
@@ -58,23 +58,23 @@ class Config:
     """Every setting; the command line is made from it. Helpers are at the end of the file."""
     data: str = setting("faces", "faces (drawn here), mnist, fashion, cifar10, a folder of photos")
     kind: str = setting("vae", "vae, or ae: the plain autoencoder", "vae", "ae")
-    beta: float = setting(0.0, "weight of the KL (chapter 3); 0: 1 for grey pictures, 20 in colour")
-    importance: int = setting(1, "latents per picture in the last 30 % of training (chapter 3)")
+    beta: float = setting(0.0, "weight of the KL (chapter 3); 0 means 1 for grey, 20 in colour")
+    importance: int = setting(1, "draws in L_k, the objective of the last 30 % of steps if above 1")
     latent_dim: int = setting(32, "numbers in a latent; with 2, map.png is drawn, too")
     width: int = setting(16, "channels at half the resolution; three times as many at a quarter")
     image_size: int = setting(0, "height and width, a multiple of 4; 0: 28 if grey, else 32")
     faces: int = setting(0, "faces to draw; 0: 40,000 at 32x32, fewer at larger sizes")
     batch_size: int = setting(32, "pictures per step")
     learning_rate: float = setting(4e-3, "its peak; lower it if training diverges")
-    steps: int = setting(7000, "optimiser steps in total")
+    steps: int = setting(7000, "optimiser steps in total; the learning rate falls to 0 over them")
     samples: int = setting(100, "pictures in samples.png")
-    seed: int = setting(0, "of the run; on a finished model, of its samples")
+    seed: int = setting(0, "of the training; of a finished model, only of its samples")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     data_dir: str = setting("data", "where downloads are")
-    out: str = setting("", "folder of results; default: out/vae and what is not at its default")
-    restart: bool = setting(False, "throw away the checkpoint in --out and begin afresh")
+    out: str = setting("", "folder of results; default: out/vae, plus the fixed settings given")
+    restart: bool = setting(False, "throw away the checkpoint, begin afresh with what is given")
 
-    FREE = ("steps", "samples", "seed", "device", "data_dir", "out", "restart")  # others are fixed
+    FREE = ("steps", "samples", "seed", "device", "data_dir", "out", "restart")  # the rest is fixed
 
     def __post_init__(self):
         settle(self)
@@ -86,20 +86,20 @@ class Config:
 
 def preprocess(images):
     """Bytes (B, C, H, W) -> floats in [0, 1]. A grey pixel becomes 1 with its grey as probability,
-    else 0 (Burda et al. 2015, section 5): p(x|z) is then one probability for each pixel. Each epoch
-    draws anew, which keeps the network from learning pictures by heart."""
+    else 0 (Burda et al. 2015, section 5): p(x|z) is then one probability for each pixel. New draws
+    in each step also make it harder to learn pictures by heart."""
     x = images.float() / 255
     return torch.bernoulli(x) if x.shape[1] == 1 else x
 
 
 # ==== 2. Encoder and decoder ======================================================================
-# To halve the resolution, 2x2 pixels of C channels are folded into one of 4 C (space to depth); to
-# double it, they are unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). Nothing is lost,
-# and no convolution runs at full resolution, where it costs most. Shapes are those of 32x32.
+# To halve the resolution, 2x2 pixels of C channels are folded into one of 4 C channels (space to
+# depth); to double it, they are unfolded (pixel shuffle: Shi et al. 2016, arXiv:1609.05158). This
+# loses nothing, and no convolution runs at full resolution, where it costs most. Shapes: for 32x32.
 
 
 class Residual(nn.Module):
-    """x + f(x), (B, C, H, W) -> the same (He et al. 2015, arXiv:1512.03385). The second convolution
+    """x + f(x), (B, C, H, W) -> the same (He et al. 2016, arXiv:1603.05027). The second convolution
     starts at a tenth of its usual size, so f is small at first, and no normalisation is needed."""
 
     def __init__(self, channels):
@@ -147,7 +147,7 @@ class Decoder(nn.Sequential):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. The plain autoencoder (variational=False) has the same networks."""
+    """Encoder and decoder; variational=False makes a plain autoencoder of the same networks."""
 
     def __init__(self, channels, size, width, latent_dim, variational=True):
         super().__init__()
@@ -198,25 +198,25 @@ class VAE(nn.Module):
 #           >= E_q[ log p(x|z) ]  -  E_q[ log q(z|x) - log p(z) ]
 #            =   reconstruction   -  KL( q(z|x) || p(z) )             the evidence lower bound, ELBO
 #
-# in nats (Kingma, Welling 2013, equation 3), equal if q(z|x) is the posterior p(z|x). The KL has a
-# closed form, and one draw of z estimates the reconstruction. The gradient reaches the encoder
-# through that draw, because z = mean + sigma * eps is a differentiable function of mean and sigma:
-# the randomness is in eps alone. This is the reparametrisation trick.
+# in nats (Kingma, Welling 2013, equation 3), with equality if q(z|x) is the posterior p(z|x). The
+# KL has a closed form, and one draw of z estimates the reconstruction. The gradient reaches the
+# encoder through that draw, because z = mean + sigma * eps is a differentiable function of mean and
+# sigma: the randomness is in eps alone. This is the reparametrisation trick.
 
 
 def log_bernoulli(logits, x):
     """log p(x|z) of pixels that are 0 or 1: logits and x, both (..., C, H, W) -> (...), in nats.
     Given z the pixels are independent, so their log probabilities ADD UP. To average them, a common
-    mistake, weighs the KL 784 times as much: the latent is ignored, every sample a grey blur."""
+    mistake, weighs the KL H W times as much: the latent is ignored, every sample a grey blur."""
     return (x * logits - F.softplus(logits)).sum((-3, -2, -1))
 
 
 def log_logistic(mean, log_scale, x):
     """log p(x|z) of colours, of 256 levels: mean and x, both (..., 3, H, W), log_scale (3, 1, 1) ->
     (...), in nats. A level's probability is the mass of a logistic distribution in its bin, 1/255
-    wide: sigmoid(b) - sigmoid(a), a and b being its ends less the mean, over the scale (Kingma et
-    al. 2016, arXiv:1606.04934). The bins of 0 and 1 reach to infinity: all masses add up to 1.
-    Written as sigmoid(b) sigmoid(-a) (1 - exp(a - b)), even a tiny mass has a finite log."""
+    wide: sigmoid(b) - sigmoid(a), where a and b are (its ends - mean) / scale (Kingma et al. 2016,
+    arXiv:1606.04934). The bins of 0 and 1 reach to infinity, so all masses add up to 1. Written
+    as sigmoid(b) sigmoid(-a) (1 - exp(a - b)), even a tiny mass has a finite log."""
     scale = log_scale.exp()
     log_below = F.logsigmoid((x + 1 / 510 - mean) / scale)
     log_above = F.logsigmoid((mean - x + 1 / 510) / scale)
@@ -231,17 +231,17 @@ def kl_divergence(mean, logvar):
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
 
 
-# In colour each of 3 H W values has 256 levels, and to predict them a little better is worth more
-# than any KL: latents become as precise as they can, all q(z|x) together cover little of N(0, I),
-# and a draw from it decodes to no face. So the KL counts beta = 20 times there (beta-VAE: Higgins
-# et al. 2017). The bound gets a little worse, and the samples much better.
+# A colour picture has 3 H W values of 256 levels, and a little more precision in each outweighs the
+# KL: every q(z|x) becomes very narrow, together they leave most of N(0, I) empty, and a draw from
+# it decodes to no face. So the KL counts beta = 20 times there (beta-VAE: Higgins et al. 2017):
+# a slightly worse bound, much better samples.
 #
 # The mean of k draws inside the log gives a better bound (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
-# with z_i from q(z|x). L_1 is the ELBO, L_k grows with k, and its limit is log p(x). The model is
-# judged by L_k, and with --importance k the last steps of training maximise it.
+# with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x). The
+# model is judged by L_k, and with --importance k the last steps of training maximise it.
 
 
 def log_weights(model, x, eps):
@@ -267,7 +267,7 @@ def train(config):
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     model = new_model(config).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=device.type != "mps")
     run = Run(config, model=model, optimizer=optimizer)  # continues the run in config.out, if any
     if not run.finished:
         data = load_images(config)
@@ -283,11 +283,11 @@ def train(config):
             # Loss: minus the ELBO or, in the last steps with --importance, minus L_k
             reconstruction, kl = model(x)
             loss = (beta * kl - reconstruction).mean()
-            if config.importance > 1 and progress > 0.7:
+            if model.variational and config.importance > 1 and progress > 0.7:
                 eps = torch.randn(len(x), config.importance, config.latent_dim, device=device)
                 log_w = log_weights(model, x, eps)
                 loss = math.log(config.importance) - log_w.logsumexp(1).mean()
-            # Gradient, clipped: a rare large one must not undo the work of many steps. Update
+            # Gradient, clipped, as a rare large one would undo the work of many steps; update
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1e4)
@@ -296,21 +296,14 @@ def train(config):
             if (step + 1) % max(1, config.steps // 10) == 0:
                 draw_samples(run, model.eval())
                 model.train()
-        model.eval()
-        draw_reconstructions(run, model, data.test)
+        draw_reconstructions(run, model.eval(), data.test)
         draw_walk(run, model, data.test)
         if config.data == "faces":
             draw_directions(run, model, data)
         run.finish(judge(model, data.test))
     draw_samples(run, model.eval())
+    print(f"{config.out}, on held-out data: {run.figures}")
     return model
-
-
-@torch.no_grad()
-def mean_latents(model, images):
-    """Bytes (N, C, H, W) -> the means of their q(z|x), (N, L)."""
-    x, device = preprocess(images), next(model.parameters()).device
-    return torch.cat([model.encode(part.to(device))[0] for part in x.split(model.at_once)])
 
 
 # ==== 5. Sampling =================================================================================
@@ -318,8 +311,15 @@ def sample(model, n, seed=None):
     """n new pictures, (n, C, H, W) in [0, 1]: decoded draws from the prior. They are the means of
     p(x|z), since a draw from it adds noise to every pixel. The same seed gives the same pictures;
     None draws from torch's global generator."""
-    generator = seed if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     return model.images(torch.randn(n, model.latent_dim, generator=generator))
+
+
+@torch.no_grad()
+def mean_latents(model, images):
+    """Bytes (N, C, H, W) -> the means of their q(z|x), (N, L)."""
+    x, device = preprocess(images), next(model.parameters()).device
+    return torch.cat([model.encode(part.to(device))[0] for part in x.split(model.at_once)])
 
 
 def draw_walk(run, model, test):
@@ -330,7 +330,7 @@ def draw_walk(run, model, test):
     film = []
     for frame in range(frames):
         stop, share = divmod(frame * stops / frames, 1)
-        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # at last home again
+        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # at last the start
         film.append(grid(model.images(z), 8))
     run.write("walk.png", png(*film))
 
@@ -339,7 +339,7 @@ def draw_directions(run, model, data):
     """directions.png: a difference in meaning is a direction in latent space. Sad test faces with
     black hair move in five steps by the difference between two mean latents: of smiling and of sad
     faces, of faces with and without glasses, of faces with blond and with black hair."""
-    names = [FACES[label] + "." for label in data.test_labels]
+    names = [FACES[label] + "." for label in data.test_labels]  # "hair." means: no glasses
     latents = mean_latents(model, data.test)
 
     def mean(word):
@@ -360,7 +360,7 @@ def log_likelihood(model, images, k, seed=None):
     of 0 and 1 only -> (N,), in nats. UserError for the autoencoder, which has no p(x)."""
     if not model.variational:
         raise UserError("an autoencoder has no likelihood: its latents have no distribution")
-    generator = seed if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     bounds, images = [], images.to(next(model.parameters()).device)
     for x in tqdm(images.split(max(1, model.at_once // k)), "judging", leave=False, delay=2):
         eps = torch.randn(len(x), k, model.latent_dim, generator=generator).to(x.device)
@@ -371,9 +371,9 @@ def log_likelihood(model, images, k, seed=None):
 
 @torch.no_grad()
 def judge(model, test):
-    """Means over 1,000 held-out pictures, in nats; in colour also in bits per value, the size of a
-    picture compressed with this model over 3 H W."""
-    torch.manual_seed(0)  # the same noise for every model
+    """Means over at most 1,000 held-out pictures, in nats; bound is L_10. In colour also bits per
+    value: the size of a picture compressed with this model, over 3 H W."""
+    torch.manual_seed(0)  # so that figures can be compared
     x = preprocess(test[:1000]).to(next(model.parameters()).device)
     terms = torch.cat([torch.stack(model(part)) for part in x.split(model.at_once)], dim=1)
     figures = dict(zip(("reconstruction", "kl"), terms.mean(1).tolist(), strict=True))
@@ -553,8 +553,9 @@ class Run:
 
     def __init__(self, config, **saved):
         self.config, self.saved, self.path = config, saved, Path(config.out, "checkpoint.pt")
-        self.mine = self.path.exists() and os.path.getmtime(self.path)
-        state = read_checkpoint(self.path) if self.mine and not config.restart else {"config": {}}
+        self.saved_mtime = self.path.exists() and os.path.getmtime(self.path)
+        found = self.saved_mtime and not config.restart
+        state = read_checkpoint(self.path) if found else {"config": {}}
         self.step, self.rows, self.figures, self.unread = *state.get("progress", (0, [], {})), []
         self.finished = bool(self.figures) and self.step >= config.steps
         for name, begun in state["config"].items():
@@ -596,7 +597,7 @@ class Run:
 
     def save(self):
         """checkpoint.pt and metrics.csv. UserError if another run has written the checkpoint."""
-        if self.path.exists() and os.path.getmtime(self.path) != self.mine:
+        if self.path.exists() and os.path.getmtime(self.path) != self.saved_mtime:
             raise UserError(f"another run writes {self.path}: choose another --out")
         state = {name: thing.state_dict() for name, thing in self.saved.items()}
         state |= {"script": f"{NAME}.py 2", "progress": (self.step, self.rows, self.figures),
@@ -604,17 +605,16 @@ class Run:
         memory = io.BytesIO()
         torch.save(state, memory)
         write_file(self.path, memory.getbuffer())
-        self.mine, self.saved_at = os.path.getmtime(self.path), time.monotonic()
+        self.saved_mtime, self.saved_at = os.path.getmtime(self.path), time.monotonic()
         names = dict.fromkeys(name for row in self.rows for name in row)
         lines = [names, *([str(row.get(name, "")) for name in names] for row in self.rows)]
         self.write("metrics.csv", "".join(",".join(line) + "\n" for line in lines).encode())
 
     def finish(self, figures):
-        """The figures on held-out data end a run."""
+        """Figures on held-out data: the end of a run."""
         self.figures = {name: round(value, 5) for name, value in figures.items()}
         self.rows[-1] |= {f"test_{name}": value for name, value in self.figures.items()}
         self.save()
-        print(f"{self.config.out}, on held-out data: {self.figures}")
 
     def write(self, name, content):
         """A file in ``out``. If it cannot be written, a warning is enough."""
@@ -646,7 +646,7 @@ def png(*frames):
     for i, frame in enumerate(frames):
         rows = frame.flatten(1)  # each has a filter before it: 2 is the difference to the row above
         rows = F.pad(torch.cat([rows[:1], rows.diff(dim=0)]), (1, 0), value=2)
-        pixels = zlib.compress(bytes(rows.flatten().tolist()), 9)
+        pixels = zlib.compress(b"".join(bytes(row.tolist()) for row in rows), 9)
         if len(frames) > 1:  # a control chunk before the pixels; all chunks but IDAT are numbered
             parts.append(chunk(b"fcTL", struct.pack(">5I2H2B", max(0, 2 * i - 1), width, height,
                                                     0, 0, 1, 10, 0, 0)))
@@ -678,9 +678,8 @@ def load_images(config):
         return read_photographs(Path(name), size)
     try:
         tensors = read_cifar10(folder) if name == "cifar10" else read_idx_files(folder)
-    except (OSError, EOFError, LookupError, RuntimeError, ValueError, zlib.error,
-            tarfile.TarError) as error:
-        raise UserError(f"{folder}: {error} (a damaged file? delete it)") from None
+    except (OSError, EOFError, LookupError, RuntimeError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"a file in {folder} is damaged ({error}): delete it") from None
     if size != tensors[0].shape[2]:
         tensors[::2] = [F.interpolate(images, (size, size), mode="bilinear", antialias=True)
                         for images in tensors[::2]]
@@ -694,7 +693,7 @@ def read_idx_files(folder):
         path = folder / f"{part}-ubyte.gz"
         download(URLS[folder.name] + path.name, path)
         with gzip.open(path) as file:
-            content = bytearray(file.read())
+            content = bytearray(file.read() or b"empty")
         content = torch.frombuffer(content, dtype=torch.uint8)  # headers have 16 and 8 bytes
         tensors.append(content[16:].view(-1, 1, 28, 28) if "images" in part else content[8:].long())
     return tensors
@@ -708,7 +707,7 @@ def read_cifar10(folder):
     with tarfile.open(path) as archive:
         for names in [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]:
             files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in names]
-            content = bytearray(b"".join(file.read() for file in files))
+            content = bytearray(b"".join(file.read() for file in files) or b"empty")
             records = torch.frombuffer(content, dtype=torch.uint8).view(-1, 1 + 3 * 32 * 32)
             tensors += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()]
     return tensors
@@ -716,14 +715,14 @@ def read_cifar10(folder):
 
 def read_photographs(folder, size):
     """The middle squares of all photographs in a folder -> Images. The innermost folder names what
-    one shows. Held out are test, else val, beside train; or every tenth. Results are left out."""
+    one shows. Held out: test/, else val/, if there is a train/; otherwise every tenth."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
         raise UserError("photographs need one more package: pip install pillow") from None
-    results = {path.parent for path in folder.rglob("checkpoint.pt")}
-    files = sorted(path for path in folder.rglob("*.*")
-                   if path.is_file() and path.name[0] != "." and not results & set(path.parents))
+    results = {path.parent for path in folder.rglob("checkpoint.pt")}  # these hold no data
+    files = sorted(path for path in folder.rglob("*.*") if path.is_file() and not
+                   (results & set(path.parents) or "/." in f"/{path.relative_to(folder)}"))
     beside = [name for name in ("test", "val") if (folder / name).is_dir()]
     splits = ["train", beside[0]] if beside and (folder / "train").is_dir() else []
     images, kinds, tested, failed = [], [], [], []
