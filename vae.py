@@ -66,14 +66,13 @@ class Config:
     faces: int = setting(0, "faces to draw; 0: 40,000 at 32x32, fewer at larger sizes")
     batch_size: int = setting(32, "pictures per step")
     learning_rate: float = setting(4e-3, "its peak; lower it if training diverges")
-    steps: int = setting(7000, "optimiser steps in total; the learning rate falls to 0 over them")
+    steps: int = setting(6000, "optimiser steps in total; the learning rate falls to 0 over them")
     samples: int = setting(100, "pictures in samples.png")
     seed: int = setting(0, "of the training; of a finished model, only of its samples")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     data_dir: str = setting("data", "where downloads are")
     out: str = setting("", "folder of results; default: out/vae, plus the fixed settings given")
     restart: bool = setting(False, "throw away the checkpoint, begin afresh with what is given")
-
     FREE = ("steps", "samples", "seed", "device", "data_dir", "out", "restart")  # the rest is fixed
 
     def __post_init__(self):
@@ -272,7 +271,7 @@ def train(config):
     if not run.finished:
         data = load_images(config)
         images = data.train.to(device)
-        beta = config.beta or (1 if model.log_scale is None else 20)
+        beta, max_norm = (1, 100) if model.log_scale is None else (20, 1e4)
         for step in run.steps():
             torch.manual_seed(hash((config.seed, step)))  # a resumed run draws the same numbers
             # Learning rate
@@ -282,7 +281,7 @@ def train(config):
             x = preprocess(images[batch_rows(config, step, len(images), device)])
             # Loss: minus the ELBO or, in the last steps with --importance, minus L_k
             reconstruction, kl = model(x)
-            loss = (beta * kl - reconstruction).mean()
+            loss = ((config.beta or beta) * kl - reconstruction).mean()
             if model.variational and config.importance > 1 and progress > 0.7:
                 eps = torch.randn(len(x), config.importance, config.latent_dim, device=device)
                 log_w = log_weights(model, x, eps)
@@ -290,7 +289,7 @@ def train(config):
             # Gradient, clipped, as a rare large one would undo the work of many steps; update
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1e4)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             run.log(loss=loss, kl=kl.mean(), grad_norm=grad_norm)
             if (step + 1) % max(1, config.steps // 10) == 0:
@@ -693,7 +692,9 @@ def read_idx_files(folder):
         path = folder / f"{part}-ubyte.gz"
         download(URLS[folder.name] + path.name, path)
         with gzip.open(path) as file:
-            content = bytearray(file.read() or b"empty")
+            content = bytearray(file.read())
+        if not content[16:]:
+            raise EOFError(f"{path.name} is empty")
         content = torch.frombuffer(content, dtype=torch.uint8)  # headers have 16 and 8 bytes
         tensors.append(content[16:].view(-1, 1, 28, 28) if "images" in part else content[8:].long())
     return tensors
