@@ -177,8 +177,7 @@ class VAE(nn.Module):
         return log_logistic(self.decode(z), self.log_scale, x)
 
     def forward(self, x):
-        """Pictures (B, C, H, W) -> reconstruction and KL (chapter 3), both (B,), in nats. In the
-        plain autoencoder z is the mean, and there is no KL."""
+        """Pictures (B, C, H, W) -> reconstruction and KL (chapter 3), both (B,), in nats."""
         mean, logvar = self.encode(x)
         if not self.variational:
             return self.log_prob(x, mean), torch.zeros_like(mean[:, 0])
@@ -231,9 +230,8 @@ def kl_divergence(mean, logvar):
 
 
 # A colour picture has 3 H W values of 256 levels, and a little more precision in each outweighs the
-# KL: every q(z|x) becomes very narrow, together they leave most of N(0, I) empty, and a draw from
-# it decodes to no face. So the KL counts beta = 20 times there (beta-VAE: Higgins et al. 2017):
-# a slightly worse bound, much better samples.
+# KL: q(z|x) becomes very narrow, all of them leave most of N(0, I) empty, and draws from it decode
+# to no face. There the KL counts beta = 20 times, for better samples (Higgins et al. 2017).
 #
 # The mean of k draws inside the log gives a better bound (Burda et al. 2015, equation 8):
 #
@@ -336,7 +334,7 @@ def draw_walk(run, model, test):
 
 def draw_directions(run, model, data):
     """directions.png: a difference in meaning is a direction in latent space. Sad test faces with
-    black hair move in five steps by the difference between two mean latents: of smiling and of sad
+    black hair move in five steps by the difference between the mean latents of smiling and sad
     faces, of faces with and without glasses, of faces with blond and with black hair."""
     names = [FACES[label] + "." for label in data.test_labels]  # "hair." means: no glasses
     latents = mean_latents(model, data.test)
@@ -501,8 +499,13 @@ def batch_rows(config, step, count, device):
     """The rows, of ``count``, in the batch of ``step``: each epoch walks its own permutation."""
     size = min(config.batch_size, count)
     epoch, place = divmod(step, count // size)
-    generator = torch.Generator(device).manual_seed(hash((config.seed, 0, epoch)))
-    return torch.randperm(count, generator=generator, device=device)[place * size:][:size]
+    order = epoch_order(count, hash((config.seed, 0, epoch)))
+    return order[place * size:][:size].to(device)
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(count, seed):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def write_file(path, content):
@@ -610,7 +613,6 @@ class Run:
         self.write("metrics.csv", "".join(",".join(line) + "\n" for line in lines).encode())
 
     def finish(self, figures):
-        """Figures on held-out data: the end of a run."""
         self.figures = {name: round(value, 5) for name, value in figures.items()}
         self.rows[-1] |= {f"test_{name}": value for name, value in self.figures.items()}
         self.save()
@@ -626,8 +628,7 @@ class Run:
 def grid(images, columns):
     """Pictures (N, C, H, W) in [0, 1] -> one sheet, twice as large, bytes (height, width, C)."""
     images = (images.detach().cpu().clamp(0, 1) * 255).round().byte()
-    images = F.pad(images, (0, 1, 0, 1), value=64)                             # a thin grey line
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns))
+    images = F.pad(images, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=64)  # thin lines
     sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     return sheet.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
 
@@ -670,9 +671,8 @@ def load_images(config):
     """The data set of ``config``, all of it in memory: of MNIST 55 MB, of CIFAR-10 184."""
     name, size, folder = config.data, image_shape(config)[1], Path(config.data_dir, config.data)
     if name == "faces":
-        count = config.faces or 40000 * 32 // size
-        test = draw_faces(max(200, count // 8), 2, size)
-        return Images(*draw_faces(count, 1, size), *test, FACES)
+        n = config.faces or 40000 * 32 // size
+        return Images(*draw_faces(n, 1, size), *draw_faces(max(200, n // 8), 2, size), FACES)
     if name not in DATASETS:
         return read_photographs(Path(name), size)
     try:
