@@ -75,12 +75,12 @@ def test_a_script_stands_alone(script):
 
 
 def test_commands_in_print_are_understood(tmp_path, monkeypatch):
-    """Every ``python gpt.py ...`` in README and docstrings has good flags and values."""
+    """Every ``python vae.py ...`` in README and docstrings has good flags and values."""
     monkeypatch.chdir(tmp_path)
-    count = {gpt: 0, ddpm: 0, gan: 0, cyclegan: 0}
+    count = {vae: 0, gpt: 0, ddpm: 0, gan: 0, cyclegan: 0}
     for text in [HERE / "README.md", *SCRIPTS]:
         whole = re.sub(r"\\\n +--", " --", text.read_text())
-        commands = r"(?:python|torchrun \S+) (gpt|ddpm|gan|cyclegan)\.py([^\n`|]*)"
+        commands = r"(?:python|torchrun \S+) (vae|gpt|ddpm|gan|cyclegan)\.py([^\n`|]*)"
         for name, line in re.findall(commands, whole):
             words = shlex.split(re.split(r"\s{3,}|&&|;|\.\.\.", line)[0])
             count[globals()[name]] += bool(globals()[name].command_line(words))
