@@ -59,7 +59,7 @@ class Config:
     data: str = setting("faces", "faces (drawn here), mnist, fashion, cifar10, a folder of photos")
     kind: str = setting("vae", "vae, or ae: the plain autoencoder", "vae", "ae")
     beta: float = setting(0.0, "weight of the KL (chapter 3); 0 means 1 for grey, 20 in colour")
-    importance: int = setting(1, "draws in L_k, the objective of the last 30 % of steps if above 1")
+    importance: int = setting(1, "k above 1: the last 30 % of steps maximise L_k (chapter 3)")
     latent_dim: int = setting(32, "numbers in a latent; with 2, map.png is drawn, too")
     width: int = setting(16, "channels at half the resolution; three times as many at a quarter")
     image_size: int = setting(0, "height and width, a multiple of 4; 0: 28 if grey, else 32")
@@ -153,7 +153,7 @@ class VAE(nn.Module):
         self.latent_dim, self.variational = latent_dim, variational
         self.encoder = Encoder(channels, size, width, latent_dim)
         self.decode = Decoder(channels, size, width, latent_dim)
-        # In colour p(x|z) has a width, too: one for each of R, G and B (chapter 3).
+        # In colour p(x|z) also has a scale, learned: one for each of R, G and B (chapter 3).
         self.log_scale = nn.Parameter(torch.full((3, 1, 1), -2.0)) if channels == 3 else None
         if not variational:  # mean 0 and variance 1, so that samples can be decoded from N(0, I)
             self.encoder.append(nn.BatchNorm1d(2 * latent_dim, affine=False))
@@ -230,15 +230,15 @@ def kl_divergence(mean, logvar):
 
 
 # A colour picture has 3 H W values of 256 levels, and a little more precision in each outweighs the
-# KL: q(z|x) becomes very narrow, all of them leave most of N(0, I) empty, and draws from it decode
-# to no face. There the KL counts beta = 20 times, for better samples (Higgins et al. 2017).
+# KL: each q(z|x) becomes very narrow, together they leave most of N(0, I) empty, and draws from it
+# decode to no face. So the KL counts beta = 20 times there (as in beta-VAE: Higgins et al. 2017).
 #
 # The mean of k draws inside the log gives a better bound (Burda et al. 2015, equation 8):
 #
 #   log p(x) >= L_k = E[ log( (w_1 + ... + w_k) / k ) ],   w_i = p(x|z_i) p(z_i) / q(z_i|x)
 #
 # with z_i from q(z|x). L_1 is the ELBO, L_k never falls as k grows, and its limit is log p(x). The
-# model is judged by L_k, and with --importance k the last steps of training maximise it.
+# model is judged by L_k, and with --importance k the last steps maximise it (beta is then 1).
 
 
 def log_weights(model, x, eps):
@@ -284,7 +284,7 @@ def train(config):
                 eps = torch.randn(len(x), config.importance, config.latent_dim, device=device)
                 log_w = log_weights(model, x, eps)
                 loss = math.log(config.importance) - log_w.logsumexp(1).mean()
-            # Gradient, clipped, as a rare large one would undo the work of many steps; update
+            # Gradient (of a sum over pixels, so large), clipped where it is rarely large; update
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -314,7 +314,7 @@ def sample(model, n, seed=None):
 
 @torch.no_grad()
 def mean_latents(model, images):
-    """Bytes (N, C, H, W) -> the means of their q(z|x), (N, L)."""
+    """Bytes (N, C, H, W) -> the means of q(z|x), (N, L), after a new draw where they are grey."""
     x, device = preprocess(images), next(model.parameters()).device
     return torch.cat([model.encode(part.to(device))[0] for part in x.split(model.at_once)])
 
@@ -327,7 +327,7 @@ def draw_walk(run, model, test):
     film = []
     for frame in range(frames):
         stop, share = divmod(frame * stops / frames, 1)
-        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # at last the start
+        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # at last home
         film.append(grid(model.images(z), 8))
     run.write("walk.png", png(*film))
 
@@ -353,8 +353,8 @@ def draw_directions(run, model, data):
 # ==== 6. Judging, on held-out pictures ============================================================
 @torch.no_grad()
 def log_likelihood(model, images, k, seed=None):
-    """An estimate of L_k, a lower bound on log p(x): pictures (N, C, H, W) in [0, 1], grey ones
-    of 0 and 1 only -> (N,), in nats. UserError for the autoencoder, which has no p(x)."""
+    """An estimate of L_k, a lower bound on log p(x): pictures (N, C, H, W) as preprocess makes them
+    -> (N,), in nats. UserError for the autoencoder, which has no p(x)."""
     if not model.variational:
         raise UserError("an autoencoder has no likelihood: its latents have no distribution")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -393,7 +393,7 @@ URLS = {"mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
         "cifar10": "https://www.cs.toronto.edu/~kriz/"}
 DATASETS = ("faces", *URLS)
-# Half the width of the mouth, heights of its lips and corners, light inside; brows: rise and slant
+# Half the width of the mouth, y (down) of lips and corners, light inside; brows: rise and slant
 MOODS = {"smiling": (0.25, 0.00, 0.19, -0.07, 0.97, 0.00, 0.0),
          "sad": (0.20, -0.03, 0.06, 0.15, 0.30, 0.00, 0.6),
          "surprised": (0.13, -0.09, 0.17, 0.03, 0.12, 0.08, 0.0)}
@@ -413,7 +413,7 @@ def draw_samples(run, model):
 
 
 def draw_reconstructions(run, model, test):
-    """reconstructions.png: test pictures, and on the right of each what the model rebuilds."""
+    """reconstructions.png: test pictures, and on the right of each what is rebuilt from it."""
     test = test[torch.arange(50) % len(test)]
     pairs = torch.stack([test / 255, model.images(mean_latents(model, test)).cpu()], dim=1)
     run.write("reconstructions.png", png(grid(pairs.flatten(0, 1), 10)))
@@ -457,7 +457,7 @@ def settle(config):
             raise UserError(f"--{f.name.replace('_', '-')} takes {takes}, not {value}")
         if f.name not in config.FREE and value != f.default:
             brief = f.name in ("kind", "generator", "data")
-            folder += f"-{Path(value).resolve().stem}" if brief else f"-{f.name}{value}"
+            folder += f"-{Path(value).resolve().name}" if brief else f"-{f.name}{value}"
     config.out = config.out or str(Path("out", folder))
 
 
@@ -556,9 +556,9 @@ class Run:
     def __init__(self, config, **saved):
         self.config, self.saved, self.path = config, saved, Path(config.out, "checkpoint.pt")
         self.saved_mtime = self.path.exists() and os.path.getmtime(self.path)
-        found = self.saved_mtime and not config.restart
-        state = read_checkpoint(self.path) if found else {"config": {}}
-        self.step, self.rows, self.figures, self.unread = *state.get("progress", (0, [], {})), []
+        new = not self.saved_mtime or config.restart
+        state = {"config": {}} if new else read_checkpoint(self.path)
+        self.step, self.rows, self.figures = state.get("progress", (0, [], {}))
         self.finished = bool(self.figures) and self.step >= config.steps
         for name, begun in state["config"].items():
             value = getattr(config, name)
@@ -573,7 +573,7 @@ class Run:
 
     def steps(self):
         """Save now, so that an unwritable folder fails before training -> the steps left."""
-        self.figures = {}
+        self.figures, self.unread = {}, []
         self.save()
         steps = self.config.steps
         self.bar = tqdm(range(self.step, steps), NAME, initial=self.step, total=steps)
@@ -720,8 +720,8 @@ def read_photographs(folder, size):
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise UserError("photographs need one more package: pip install pillow") from None
-    results = {path.parent for path in folder.rglob("checkpoint.pt")}  # these hold no data
+        raise UserError("photographs need one more package, pillow: pip install pillow") from None
+    results = {path.parent for path in folder.rglob("*/checkpoint.pt")}  # no data
     files = sorted(path for path in folder.rglob("*.*") if path.is_file() and not
                    (results & set(path.parents) or "/." in f"/{path.relative_to(folder)}"))
     beside = [name for name in ("test", "val") if (folder / name).is_dir()]
