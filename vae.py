@@ -38,6 +38,7 @@ import urllib.request
 import warnings
 import zlib
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -320,8 +321,8 @@ def mean_latents(model, images):
 
 
 def draw_walk(run, model, test):
-    """walk.png, an animation: 24 walks in straight lines past the latents of four test pictures."""
-    walks, stops, frames = 24, 4, 24
+    """walk.png, an animation: 8 walks in straight lines past the latents of four test pictures."""
+    walks, stops, frames = 8, 4, 20
     latents = mean_latents(model, test[torch.arange(stops * walks) % len(test)])
     latents = latents.unflatten(0, (stops, walks))                             # (stops, walks, L)
     film = []
@@ -540,12 +541,10 @@ def download(url, path):
 
 def read_checkpoint(path):
     """What Run.save wrote. UserError where the file is anything else."""
-    try:
+    with suppress(Exception):  # torch.load raises a dozen kinds of error on junk
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] == f"{NAME}.py 2":
             return state
-    except Exception:  # torch.load raises a dozen kinds of error on junk
-        pass
     raise UserError(f"{path} is no checkpoint of this {NAME}.py: use another --out, or --restart")
 
 
@@ -731,7 +730,8 @@ def read_photographs(folder, size):
         *folders, _ = path.relative_to(folder).parts
         try:
             test = splits.index(folders.pop(0)) if splits else len(images) % 10 == 0
-            image = Image.open(path)
+            image = Image.open(io.BytesIO(path.read_bytes()))
+            assert image.mode[0] not in "IF"  # more than 8 bits
             image.draft("RGB", (size, size))  # a large JPEG can be read at a fraction of its size
             image = ImageOps.exif_transpose(image).convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
