@@ -542,7 +542,7 @@ def download(url, path):
 def read_checkpoint(path):
     """What Run.save wrote. UserError where the file is anything else."""
     with suppress(Exception):  # torch.load raises a dozen kinds of error on junk
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # safe from 2.10 on
         if state["script"] == f"{NAME}.py 2":
             return state
     raise UserError(f"{path} is no checkpoint of this {NAME}.py: use another --out, or --restart")
