@@ -285,7 +285,7 @@ def train(config):
                 eps = torch.randn(len(x), config.importance, config.latent_dim, device=device)
                 log_w = log_weights(model, x, eps)
                 loss = math.log(config.importance) - log_w.logsumexp(1).mean()
-            # Gradient (of a sum over pixels, so large), clipped where it is rarely large; update
+            # Gradient, clipped (a sum over all pixels, hence the high limits), and update
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -328,7 +328,7 @@ def draw_walk(run, model, test):
     film = []
     for frame in range(frames):
         stop, share = divmod(frame * stops / frames, 1)
-        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # at last home
+        z = latents[int(stop)].lerp(latents[(int(stop) + 1) % stops], share)   # then back home
         film.append(grid(model.images(z), 8))
     run.write("walk.png", png(*film))
 
