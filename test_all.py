@@ -198,13 +198,6 @@ def test_idx_files_are_read(data):
     assert images.names[3] == "three"
 
 
-def test_letters_have_labels_above_nine(tmp_path):
-    folder = write_idx_folder(tmp_path / "d", 20, 5)
-    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(torch.tensor([1, 26, 3, 10, 11])))
-    images = ddpm.load_images(str(folder), "")
-    assert [images.names[i] for i in images.test_labels] == ["one", "26", "three", "10", "11"]
-
-
 def test_a_folder_is_the_same_however_it_is_written():
     for data in ("pictures/", "./pictures", "a/../pictures"):
         config = gan.Config(data=data)
@@ -542,6 +535,27 @@ def beside(request, data, text, piles, tmp_path_factory):
         command = torchrun(script, words(data, out, steps=10))
         return subprocess.run(command, capture_output=True, text=True, timeout=120), out
 
+    def continued(command):
+        """Killed in the 30th call of objective by a checkpoint every 20 steps, and again."""
+        out = place / f"ddpm-{len(command)}"
+        words = ddpm_words(out, **({"steps": 30} if len(command) > 1 else {}))
+        killer = place / "killer.py"
+        killer.write_text(f"""
+import itertools, os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import ddpm
+ddpm.SAVE_SECONDS = -1  # after each reading
+real, calls = ddpm.objective, itertools.count()
+def objective(*a):
+    if next(calls) == 29:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a)
+ddpm.objective = objective
+sys.exit(ddpm.main())
+""")
+        return [subprocess.run([*command, script, *words], capture_output=True, text=True,
+                               timeout=120) for script in (killer, HERE / "ddpm.py")] + [out]
+
     def stopped():
         out = place / "stop"
         return stop_ranks(gpt_words(text, out, steps=10**6)), out
@@ -551,8 +565,8 @@ def beside(request, data, text, piles, tmp_path_factory):
         "test_two_ranks_end_where_one_process_does": (ranks, "gpt", gpt_words, text),
         "test_a_stop_reaches_all_ranks": (stopped,),
         "test_gpt_on_its_built_in_data": (newcomer, place / "newcomer"),
-        "test_ddpm_killed_and_started_again": (killed, "ddpm", "objective", ddpm_words, data),
-        "test_two_ranks_of_ddpm_end_where_one_process_does": (ranks, "ddpm", ddpm_words, data),
+        "test_ddpm_killed_and_continued": (continued, [sys.executable]),
+        "test_two_ranks_of_ddpm_end_where_one_process_does": (continued, torchrun("ddpm", [])[:-1]),
         "test_gan_killed_and_started_again": (killed, "gan", "forger_loss", gan_words, data),
         "test_cyclegan_killed_and_started_again": (
             killed, "cyclegan", "translators_turn", cycle_words, piles)}
@@ -1373,369 +1387,6 @@ def test_gpt_on_its_built_in_data(job):
     assert left == (b"", 0)
 
 
-# ==== ddpm.py: the mathematics ====================================================================
-
-
-class TrueDenoiser(ddpm.UNet):
-    """What a perfect network says of pixels from N(MEAN, STD^2); no weights."""
-    MEAN, STD = 0.1, 0.3
-
-    def forward(self, x, t, tokens):
-        signal, noise = ddpm.amounts(self.alpha_bar, t, x)
-        gain = signal * self.STD**2 / (signal**2 * self.STD**2 + noise**2)
-        return self.MEAN + gain * (x - signal * self.MEAN)
-
-
-def tiny_ddpm(kind=ddpm.UNet, **settings):
-    torch.manual_seed(0)
-    model = kind(ddpm.Config(width=8, blocks=1, **settings))
-    model.prompt.learn(["thin upright three", "bold slanted eight"])
-    with torch.no_grad():
-        for parameter in model.parameters():  # layers that start at zero would hide what they hear
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def test_many_small_steps_are_one():
-    """q(x_t | x_0) against t single steps (Ho et al. 2020, equations 2 and 4)."""
-    alpha_bar, x0 = ddpm.cosine_schedule(50), torch.full((20000, 1, 1, 1), 0.7)
-    x, g = x0.clone(), torch.Generator().manual_seed(0)
-    for t in range(1, 51):
-        beta = (1 - alpha_bar[t] / alpha_bar[t - 1]).float()
-        x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn(x.shape, generator=g)
-        if t in (1, 10, 30, 50):
-            at = torch.full((len(x),), t)
-            whole = ddpm.diffuse(alpha_bar, x0, at, torch.randn(x.shape, generator=g))
-            assert abs(x.mean() - whole.mean()) < 0.03 and abs(x.std() / whole.std() - 1) < 0.03
-            assert math.isclose(whole.std(), (1 - alpha_bar[t]).sqrt(), rel_tol=0.03)
-
-
-@pytest.mark.parametrize("steps", [50, 250, 1000, 4000])
-def test_at_the_last_step_hardly_any_signal_is_left(steps):
-    alpha_bar = ddpm.cosine_schedule(steps)
-    assert len(alpha_bar) == steps + 1 and alpha_bar[0] == 1 and alpha_bar[-1].sqrt() < 0.05
-    assert (alpha_bar[1:] < alpha_bar[:-1]).all()
-
-
-def test_noise_and_picture_are_one():
-    """x_0 with noise eps, and back: x_s of step_back at eta 0 has the same x_0 and the same eps."""
-    alpha_bar, t = ddpm.cosine_schedule(1000), [2, 3, 500, 999, 1000]
-    x0, eps = torch.randn(2, 5, 1, 4, 4)
-    xt = ddpm.diffuse(alpha_bar, x0, torch.tensor(t), eps)
-    for s in (0, 1):
-        back = torch.stack([ddpm.step_back(alpha_bar, x0[i], xt[i], t[i], s, 0)[0]
-                            for i in range(5)])
-        expected = ddpm.diffuse(alpha_bar, x0, torch.full((5,), s), eps)
-        torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
-    ratio = alpha_bar[t] / (1 - alpha_bar[t])
-    torch.testing.assert_close(ddpm.signal_to_noise(alpha_bar, torch.tensor(t)), ratio)
-
-
-def test_lessons_are_weighted_by_signal_to_noise():
-    """Below its limit the loss is the error of v; above it, 5 times that of x_0."""
-    model, x0, eps = tiny_ddpm(), 0.5 * torch.randn(4, 1, 28, 28), torch.randn(4, 1, 28, 28)
-    tokens = torch.zeros(4, 1, dtype=torch.long)
-    for t, limited in ((900, False), (500, False), (20, True)):
-        at, a = torch.full((4,), t), model.alpha_bar[t].item()
-        xt = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
-        guess = model(xt, at, tokens)
-        noise = (xt - math.sqrt(a) * guess) / math.sqrt(1 - a)
-        v, true = (math.sqrt(a) * e - math.sqrt(1 - a) * x for e, x in ((noise, guess), (eps, x0)))
-        expected = 5 * F.mse_loss(guess, x0) if limited else F.mse_loss(v, true)
-        torch.testing.assert_close(ddpm.objective(model, x0, at, eps, tokens), expected,
-                                   rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [None, 1.0])
-def test_the_network_begins_with_what_it_sees(monkeypatch, size):
-    """At birth its last layer is zero: the guess is x_t, scaled up and shrunk, the more the noisier
-    it is; at T nothing of it."""
-    monkeypatch.setattr(ddpm, "K", {1: size or ddpm.K[1]})
-    model, x = ddpm.UNet(ddpm.Config(width=8, blocks=1)), torch.randn(3, 1, 28, 28)
-    t = torch.tensor([1, 500, 1000])
-    with torch.no_grad():
-        guess = model(x, t, torch.zeros(3, 1, dtype=torch.long))
-    a = model.alpha_bar[t][:, None, None, None]
-    expected = ddpm.K[1]**2 / (ddpm.K[1]**2 + (1 - a) / a) * x / a.sqrt()
-    torch.testing.assert_close(guess, expected.float(), atol=1e-5, rtol=1e-4)
-    assert guess[2].abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("t, s", [(2, 1), (500, 499), (900, 400), (1000, 999)])
-def test_step_back_is_bayes_rule(t, s):
-    """eta 1: the posterior q(x_s | x_t, x_0), by brute force over a grid of x_s."""
-    alpha_bar = ddpm.cosine_schedule(1000)
-    x0, xt, a, b = 0.4, -0.8, alpha_bar[t], alpha_bar[s]
-    at = torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
-    log_p = -(at - b.sqrt() * x0)**2 / (2 * (1 - b))
-    log_p = log_p - (xt - (a / b).sqrt() * at)**2 / (2 * (1 - a / b))
-    p = log_p.softmax(0)
-    mean, sigma = ddpm.step_back(alpha_bar, torch.tensor(x0), torch.tensor(xt), t, s, eta=1)
-    assert math.isclose(mean, (p * at).sum(), abs_tol=1e-4)
-    assert math.isclose(sigma**2, (p * at**2).sum() - (p * at).sum()**2, rel_tol=1e-3)
-
-
-def test_no_noise_at_the_last_step():
-    alpha_bar, x = ddpm.cosine_schedule(1000), torch.randn(3)
-    mean, sigma = ddpm.step_back(alpha_bar, x, torch.randn(3), 40, 0, eta=1)
-    assert sigma == 0 and torch.equal(mean, x)
-
-
-def test_training_and_sampling_meet_the_same_times(monkeypatch):
-    model, met = tiny_ddpm(diffusion_steps=8, sampling_steps=8), []
-    table = model.prompt.tokens(["a three", "an eight"])[:, None]
-    t, *_ = ddpm.draw_batch(model, torch.zeros(4000, dtype=torch.long), table)
-    assert set(t.tolist()) == set(range(1, 9)) and t.bincount(minlength=9)[1:].min() > 400
-    monkeypatch.setattr(ddpm, "guided", lambda model, x, t, *_: met.extend(t.tolist()) or x)
-    ddpm.sample(model, ["a three"], sampling_steps=8, seed=0)
-    assert met == [8, 7, 6, 5, 4, 3, 2, 1]
-
-
-@pytest.mark.parametrize("steps, eta", [(1000, 1.0), (1000, 0.0), (25, 0.0)])
-def test_a_perfect_denoiser_samples_the_truth(steps, eta):
-    """Its pictures have the mean of the data and the variance that the recursion predicts."""
-    model = tiny_ddpm(TrueDenoiser)
-    x = 2 * ddpm.sample(model, [""] * 60, steps, 1.0, eta, seed=0) - 1
-    times, var = torch.linspace(1000, 0, steps + 1).round().long().tolist(), 1.0
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        a, b = model.alpha_bar[t].item(), model.alpha_bar[s].item()
-        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
-        gain = math.sqrt(a) * model.STD**2 / (a * model.STD**2 + 1 - a)  # of x_0's guess, by x_t
-        keep = math.sqrt((1 - b - sigma2) / (1 - a))
-        var = (math.sqrt(b) * gain + keep * (1 - math.sqrt(a) * gain))**2 * var + sigma2
-    assert abs(x.mean() - model.MEAN) < 0.01
-    assert math.isclose(x.var(), var, rel_tol=0.03)
-    if steps == 1000:
-        assert math.isclose(var, model.STD**2, rel_tol=0.04)
-
-
-def test_bits_of_a_perfect_denoiser_are_the_closed_form():
-    model, T = tiny_ddpm(TrueDenoiser), 1000
-    x = (model.MEAN + model.STD * torch.randn(8, 1, 28, 28)).clamp(-1, 1)
-    images = ((x / 2 + 0.5) * 255).round() / 255
-    a, nats = model.alpha_bar[T].item(), 0.0
-    nats += 0.5 * (a * (model.STD**2 + model.MEAN**2) - a - math.log(1 - a))
-    for t in range(1, T + 1):  # what is left to know of x_0, once x_t is known
-        a = model.alpha_bar[t].item()
-        left = 1 / (1 / model.STD**2 + a / (1 - a))
-        u, s = max(t, 2), max(t, 2) - 1
-        au, b = model.alpha_bar[u].item(), model.alpha_bar[s].item()
-        sigma2, share2 = (1 - b) / (1 - au) * (1 - au / b), b * (1 - au / b)**2 / (1 - au)**2
-        width2 = sigma2 + share2 * ddpm.ERROR**2
-        if t > 1:
-            nats += 0.5 * (math.log(width2 / sigma2) + (sigma2 + share2 * left) / width2 - 1)
-        else:  # the mean over what the guess lacks, r, of the log of what falls into the bin
-            r = torch.linspace(-8, 8, 20001, dtype=torch.float64) * left**0.5
-            edges = [torch.special.ndtr((r + h) / width2**0.5) for h in (1 / 255, -1 / 255)]
-            weight = (-r**2 / (2 * left)).softmax(0)
-            nats -= (weight * (edges[0] - edges[1]).clamp(min=1e-300).log()).sum().item()
-    bits = ddpm.bits_per_dim(model, images, seed=0)
-    assert bits.shape == (8,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.01)
-
-
-@pytest.mark.parametrize("count", [1, 7, 20, 50])
-def test_every_step_counts_however_few_the_pictures(count):
-    """With ``every``, the mean over the pictures is that of all terms."""
-    model = tiny_ddpm(TrueDenoiser, diffusion_steps=200)
-    x = (model.MEAN + model.STD * torch.randn(1, 1, 28, 28)).clamp(-1, 1)
-    images = (((x / 2 + 0.5) * 255).round() / 255).expand(count, -1, -1, -1)
-    few = ddpm.bits_per_dim(model, images, every=20, seed=0).mean().item()
-    assert math.isclose(few, ddpm.bits_per_dim(model, images[:1], seed=0).item(), rel_tol=0.02)
-
-
-def test_no_prompts_and_few_steps():
-    model = tiny_ddpm(diffusion_steps=4, sampling_steps=2)
-    with pytest.raises(ddpm.UserError, match="a list of prompts"):
-        ddpm.sample(model, [])
-    assert ddpm.sample(model, [""]).isfinite().all()  # by default 25 steps of 4
-
-
-def test_ddim_with_eta_one_is_the_ancestral_chain():
-    """For the same noise, all steps of it: Ho et al. 2020, algorithm 2, written out in betas."""
-    model = tiny_ddpm(diffusion_steps=40, sampling_steps=40)
-    images = ddpm.sample(model, ["a three", "an eight"], 40, guidance=1.0, eta=1.0, seed=5)
-    noise, a = ddpm.seeded(5, "sample"), model.alpha_bar
-    tokens = model.prompt.tokens(["a three", "an eight"])
-    x = torch.randn(2, 1, 28, 28, generator=noise)
-    for t in range(40, 0, -1):
-        alpha, at = a[t] / a[t - 1], torch.full((2,), t)
-        with torch.no_grad():
-            x0 = model(x, at, tokens)
-        mean = (a[t - 1].sqrt() * (1 - alpha) / (1 - a[t]) * x0.clamp(-1, 1)
-                + alpha.sqrt() * (1 - a[t - 1]) / (1 - a[t]) * x)               # equation 7
-        x = mean
-        if t > 1:
-            variance = (1 - a[t - 1]) / (1 - a[t]) * (1 - alpha)
-            x = mean + variance.sqrt() * torch.randn(x.shape, generator=noise)
-    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1).float(), atol=1e-4, rtol=0)
-
-
-def test_sampling_alone_and_in_a_batch():
-    """One picture is the same in company; sampling changes no state, and None draws anew."""
-    model = tiny_ddpm(diffusion_steps=20, sampling_steps=5).train()
-    before = {name: str(value) for name, value in model.state_dict().items()}
-    state = torch.get_rng_state()
-    three = ddpm.sample(model, ["a three", "an eight", ""], 5, seed=1)
-    assert model.training and torch.equal(torch.get_rng_state(), state)
-    alone = ddpm.sample(model, ["a three"], 5, seed=1)
-    torch.testing.assert_close(three[:1], alone, atol=1e-4, rtol=0)
-    assert before == {name: str(value) for name, value in model.state_dict().items()}
-    assert not torch.equal(ddpm.sample(model, [""], 5), ddpm.sample(model, [""], 5))
-    prompted, other, empty = (ddpm.sample(model, [p], 5, 2.0, seed=1)
-                              for p in ("a thin three", "a bold three", ""))
-    assert (prompted - other).abs().max() > 1e-3 < (prompted - empty).abs().max()
-
-
-def test_guidance_none_and_one():
-    model, x, t = tiny_ddpm(), torch.randn(2, 1, 28, 28), torch.tensor([300, 700])
-    tokens = model.prompt.tokens(["a thin three", "an eight"])
-    with torch.no_grad():
-        prompted, unprompted = model(x, t, tokens), model(x, t, 0 * tokens)
-        for g, expected in ((0, unprompted), (1, prompted), (3, 3 * prompted - 2 * unprompted)):
-            v = ddpm.guided(model, x, t, tokens, torch.tensor([g, g]))
-            torch.testing.assert_close(v, expected, atol=1e-4, rtol=1e-4)
-        mixed = ddpm.guided(model, x, t, tokens, torch.tensor([0, 1]))
-    torch.testing.assert_close(mixed, torch.stack([unprompted[0], prompted[1]]), atol=1e-4, rtol=0)
-    assert (prompted - unprompted).abs().max() > 1e-3
-
-
-def test_words_and_their_order():
-    model = tiny_ddpm()
-    with torch.no_grad():
-        e = model.prompt(model.prompt.tokens(["thin three", "three thin", "three", "", "A three"]))
-    assert (e[0] - e[1]).norm() > 1e-2 and (e[0] - e[2]).norm() > 1e-2 and (e[3] == 0).all()
-    with pytest.raises(ddpm.UserError, match="'zebra'.*bold eight slanted"):
-        ddpm.sample(model, ["a zebra"], 2)
-    said = "an eight", "a one", "an ankle boot", "a t-shirt", "an upright one"
-    assert all(ddpm.captions(one.split(maxsplit=1)[1]) == [one] * 6 for one in said)
-    assert ddpm.captions("bold upright two") == 3 * ["a bold upright two"] + [
-        "a bold two", "an upright two", "a two"]
-
-
-@pytest.mark.parametrize("mean, sigma", [(-1.0, 0.003), (-0.99, 0.02), (0.3, 0.001), (0.97, 0.5)])
-def test_the_256_values_of_the_last_step_add_up_to_one(mean, sigma):
-    x0 = torch.arange(256) / 127.5 - 1
-    p = ddpm.log_decoder(x0, torch.full_like(x0, mean), sigma).exp()
-    assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    inside = torch.distributions.Normal(mean, sigma)
-    by_hand = inside.cdf(x0[100] + 1 / 255) - inside.cdf(x0[100] - 1 / 255)
-    assert p[100].item() == pytest.approx(by_hand.item(), abs=1e-6)
-
-
-def test_dropped_captions_are_dropped():
-    model = tiny_ddpm(drop_caption=0.3)
-    table = model.prompt.tokens(["a thin three", "an eight"])[:, None]
-    *_, tokens = ddpm.draw_batch(model, torch.randint(2, (5000,)), table)
-    dropped = (tokens == 0).all(1)
-    assert abs(dropped.float().mean() - 0.3) < 0.03
-    e = model.prompt(tokens)
-    assert (e[dropped] == 0).all() and (e[~dropped].norm(dim=1) > 1e-3).all()
-
-
-def test_neighbouring_times_differ():
-    e = ddpm.time_embedding(torch.arange(1001).float(), 64)
-    assert (e[1:] - e[:-1]).norm(dim=1).min() > 0.1
-    model, x = tiny_ddpm(), torch.randn(1, 1, 28, 28)
-    with torch.no_grad():
-        a, b = (model(x, torch.tensor([t]), torch.zeros(1, 1).long()) for t in (10, 500))
-    assert (a - b).abs().max() > 1e-3
-
-
-# ==== ddpm.py as its users run it =================================================================
-
-
-def ddpm_words(data, out, **settings):
-    settings = {"data": data, "out": out, "steps": 45, "batch_size": 6, "width": 8, "blocks": 1,
-                "diffusion_steps": 20, "sampling_steps": 4, "samples": 20} | settings
-    return [word for name, value in settings.items() for word in (ddpm.flag(name), str(value))]
-
-
-@pytest.fixture(scope="session")
-def painter(data, tmp_path_factory):
-    """One unbroken run of ddpm.py, which several tests look at and none may change."""
-    out = tmp_path_factory.mktemp("painter")
-    assert ddpm.main(ddpm_words(data, out)) == 0
-    return out
-
-
-def test_what_a_ddpm_run_leaves(painter):
-    assert {p.name for p in painter.iterdir()} == {
-        "checkpoint.pt", "metrics.csv", "samples.png", "forward.png", "denoising.png",
-        "neighbours.png"}
-    assert float(rows_of(painter)[-1]["test_bits_per_dim"]) > 0
-
-
-def test_the_average_is_sampled(painter):
-    state = torch.load(painter / "checkpoint.pt", weights_only=True)
-    model = ddpm.load(painter / "checkpoint.pt")
-    weight = model.out.weight
-    assert torch.equal(weight, state["average"]["module.out.weight"])
-    assert not torch.equal(weight, state["model"]["out.weight"]) and not model.training
-    images = ddpm.sample(model, ["a seven", "", "an eight"], 3, seed=1)
-    assert images.shape == (3, 1, 28, 28) and 0 <= images.min() and images.max() <= 1
-    assert torch.equal(images, ddpm.sample(model, ["a seven", "", "an eight"], 3, seed=1))
-
-
-@pytest.mark.parametrize("words, needle", [
-    (["--prompt", "a zebra"], "zebra"), (["--guidance", "-1"], "--guidance"),
-    (["--sampling-steps", "0"], "--sampling-steps"), (["--width", "12"], "--width"),
-    (["--eta", "2"], "--eta"), (["--drop-caption", "much"], "--drop-caption"),
-    (["--width", "16"], "--restart"), (["--unseen", "thin upright one"], "--restart"),
-    (["--data", "nowhere"], "--restart"), (["--data", "nowhere", "--restart"], "no data set"),
-    (["--unseen", "tow", "--restart"], "takes some of zero, one"),
-    (["--unseen", ", ".join(ddpm.DIGITS), "--restart"], "nine, not all"),
-    (["--vocab-size", "3", "--restart"], "--vocab-size"),
-    (["--prompt", "an aple", "--restart"], "known are: a an")])
-def test_ddpm_refuses_in_one_line(painter, data, tmp_path, capsys, words, needle):
-    out = copy_of(painter, tmp_path)
-    assert ddpm.main([*ddpm_words(data, out), *words]) == 2
-    one_line(capsys, needle, script="ddpm")
-
-
-def test_ddpm_refuses_a_foreign_checkpoint(forger, data, tmp_path, capsys):
-    out = copy_of(forger, tmp_path)
-    before = (out / "checkpoint.pt").read_bytes()
-    assert ddpm.main(ddpm_words(data, out)) == 2
-    one_line(capsys, "not a checkpoint of this ddpm.py", script="ddpm")
-    assert (out / "checkpoint.pt").read_bytes() == before
-    with pytest.raises(ddpm.UserError):
-        ddpm.load(out / "checkpoint.pt")
-
-
-def test_prompts_repeat(painter, tmp_path, monkeypatch):
-    """A finished model draws what is asked of it, without data; all else stays as it is."""
-    out = copy_of(painter, tmp_path)
-    before = (out / "samples.png").read_bytes()
-    monkeypatch.setattr(ddpm, "load_images", None)
-    assert ddpm.main(["--out", str(out), "--prompt", "a two", "--prompt", "an eight"]) == 0
-    assert (out / "samples.png").read_bytes() != before
-    for name in ("forward.png", "neighbours.png", "metrics.csv", "checkpoint.pt"):
-        assert (out / name).read_bytes() == (painter / name).read_bytes()
-    with pytest.raises(ddpm.UserError):
-        ddpm.Config(prompt="a two")
-
-
-def test_ddpm_killed_and_started_again(job, painter):
-    out, shown = job
-    ends_like(out, painter)
-    assert "held out: bits_per_dim" in shown
-
-
-def test_two_ranks_of_ddpm_end_where_one_process_does(job, data, tmp_path):
-    done, two = job
-    assert ddpm.main(ddpm_words(data, tmp_path, steps=10)) == 0
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held out:") == 1 and done.stderr.count("ddpm:   0%") == 1
-    states = [weights(out) for out in (tmp_path, two)]
-    for part in ("model", "average"):
-        a, b = (torch.cat([value.flatten() for name, value in sorted(state[part].items())
-                           if "extra" not in name]) for state in states)
-        assert (a - b).norm() / a.norm() < 1e-3
-    for a, b in zip(rows_of(tmp_path), rows_of(two), strict=True):
-        a, b = ([float(figure or 0) for figure in row.values()] for row in (a, b))
-        assert a == pytest.approx(b, rel=1e-2)
-
-
 # ==== gan.py: the mathematics =====================================================================
 
 
@@ -2431,10 +2082,7 @@ def test_damaged_cifar10_is_refused(tmp_path, capsys, damage, cut):
 
 @pytest.mark.parametrize("script, words, seen", [
     (gan, ["--latent-dim", "8"], "test_variety"),
-    (gan, ["--generator", "dcgan"], "test_variety"),
-    (ddpm, ["--blocks", "1", "--diffusion-steps", "20", "--sampling-steps", "3", "--prompt",
-            "a great dane"], "test_bits_per_dim")],
-    ids=["stylegan", "dcgan", "ddpm"])
+    (gan, ["--generator", "dcgan"], "test_variety")], ids=["stylegan", "dcgan"])
 def test_in_colour(script, words, seen, pile, tmp_path, capsys):
     """Trained, judged, drawn and sampled in colour; then grey data or channels are refused."""
     out = tmp_path / "out"
@@ -2449,7 +2097,7 @@ def test_in_colour(script, words, seen, pile, tmp_path, capsys):
     still, frames = decode_png((out / "samples.png").read_bytes())
     assert still.shape[2] == 3 and not frames
     model = script.load(out / "checkpoint.pt")
-    images = script.sample(model, ["a cat", ""] if script is ddpm else 2, seed=0)
+    images = script.sample(model, 2, seed=0)
     assert images.shape == (2, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
     capsys.readouterr()
     for change in (["--data", "digits"], ["--channels", "1"], ["--image-size", "32"]):
@@ -2465,10 +2113,8 @@ def test_a_grey_model_refuses_colour(forger, data, pile, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script, words, needle", [
-    (ddpm, ["--image-size", "18"], "multiple of 4"),
     (gan, ["--image-size", "48"], "power of two"), (gan, ["--channels", "2"], "takes 1 or 3"),
-    (gan, ["--channels", "4"], "--channels takes 0 to 3"),
-    (ddpm, ["--image-size", "-4"], "--image-size takes")])
+    (gan, ["--channels", "4"], "--channels takes 0 to 3")])
 def test_sizes_that_cannot_be(tmp_path, capsys, script, words, needle):
     assert script.main([*words, "--out", str(tmp_path)]) == 2
     one_line(capsys, needle, script=script.__name__)
@@ -2661,9 +2307,8 @@ def test_cyclegan_refuses_in_one_line(cycled, piles, tmp_path, capsys, words, ne
 # ==== What training follows, and what pictures show ===============================================
 
 
-def test_the_last_step_has_the_rate_of_its_place(painter, writer, forger):
-    for script, out, shares in ((ddpm, painter, {"": 1}),
-                                (gpt, writer, {"_muon": 1, "_adamw": 1 / 3})):
+def test_the_last_step_has_the_rate_of_its_place(writer, forger):
+    for script, out, shares in ((gpt, writer, {"_muon": 1, "_adamw": 1 / 3}),):
         state = weights(out)
         steps, peak = state["config"]["steps"], state["config"]["learning_rate"]
         for name, share in shares.items():
@@ -2682,7 +2327,7 @@ def test_the_last_step_has_the_rate_of_its_place(painter, writer, forger):
 
 def test_bytes_become_floats_of_the_right_range():
     x = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(3 * 24 * 24).view(2, 3, 24, 24)
-    assert gan.scaled(x).unique().tolist() == ddpm.scaled(x).unique().tolist() == [-1, 1]
+    assert gan.scaled(x).unique().tolist() == [-1, 1]
     assert cyclegan.batch_of(x, torch.tensor([1, 0]), 24).mean((1, 2, 3)).tolist() == [1, -1]
 
 
@@ -2690,29 +2335,10 @@ def test_bytes_become_floats_of_the_right_range():
 def sheets(monkeypatch):
     """What the scripts lay out on sheets from now on."""
     seen = []
-    for script in (gan, ddpm, cyclegan):
+    for script in (gan, cyclegan):
         monkeypatch.setattr(script, "grid", lambda x, columns, scale=2, draw=script.grid: (
             seen.append(x), draw(x, columns, scale))[1])
     return seen
-
-
-def test_sheets_of_ddpm(sheets, tmp_path):
-    model, data = tiny_ddpm(), ddpm.load_images("digits", "")
-    data = data._replace(train=data.train[:300], test=data.test[:20])
-    run = ddpm.Run(ddpm.Config(out=str(tmp_path), sampling_steps=2, prompt=["a three"]))
-    ddpm.draw_forward(run, model, data)
-    forward = sheets[0].view(4, 10, 28, 28)
-    torch.testing.assert_close(forward[:, 0], data.test[:4, 0] / 255, atol=1e-5, rtol=0)
-    assert abs(forward[:, -1].std().item() - 0.5) < 0.05  # N(0, 1) at half the size
-    ddpm.draw_neighbours(run, model, data)
-    pairs = sheets[1].view(2, 2, 10, 784)
-    near = torch.cdist(pairs[:, 1].flatten(0, 1), data.train.flatten(1) / 255)
-    assert (near.amin(1) < 1e-2).all()
-    own = torch.cdist(pairs[:, 0].flatten(0, 1), data.train.flatten(1) / 255)
-    assert torch.equal(own.argmin(1), near.argmin(1))
-    ddpm.draw_denoising(run, model)
-    drawn = ddpm.sample(model, ["a three"] * 12, 2, seed=0)
-    torch.testing.assert_close(sheets[-1].clamp(0, 1), drawn, atol=1e-5, rtol=0)
 
 
 def test_sheets_of_gan_and_cyclegan(sheets, tmp_path):
@@ -2763,39 +2389,6 @@ def test_a_gpt_begins_at_chance_and_says_so_per_byte(text, tmp_path):
     assert not block.mlp[2].weight.any() and not block.attention.out.weight.any()
 
 
-def test_clocks_of_the_time_embedding():
-    e = ddpm.time_embedding(torch.tensor([3.0, 500.0]), 64)
-    for hand in (0, 7, 31):
-        angle = 500 * 10000 ** (-hand / 32)
-        assert e[1, hand].item() == pytest.approx(math.cos(angle), abs=1e-3)
-        assert e[1, 32 + hand].item() == pytest.approx(math.sin(angle), abs=1e-3)
-
-
-def test_guidance_rises_from_row_to_row(tmp_path, monkeypatch):
-    model, asked = tiny_ddpm(), []
-    config = ddpm.Config(out=str(tmp_path), samples=25, guidance=3, prompt=["a three", "an eight"])
-    monkeypatch.setattr(ddpm, "sample", lambda model, prompts, steps, guidance, eta, seed: (
-        asked.append((prompts, guidance.tolist())), torch.zeros(len(prompts), 1, 28, 28))[1])
-    ddpm.draw_samples(ddpm.Run(config), model)
-    ((prompts, guidance),) = asked
-    assert guidance == [0.0] * 10 + [1.5] * 10 + [3.0] * 5
-    assert prompts == (["a three", "an eight"] * 13)[:25]
-
-
-def test_ddpm_is_judged_by_the_mean_over_its_pictures():
-    model, test = tiny_ddpm(diffusion_steps=6, test_images=12), ddpm.draw_digits(20, "a")[0]
-    bits = ddpm.bits_per_dim(model, test[:12] / 255, every=50, seed="test")
-    assert ddpm.judge(model, test) == {"test_bits_per_dim": pytest.approx(bits.mean().item())}
-
-
-def test_the_cosine_schedule_is_that_of_the_paper():
-    def f(t):
-        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    alpha_bar = ddpm.cosine_schedule(1000)
-    for t in (0, 1, 250, 500, 990):
-        assert alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-6)
-
-
 # ==== vae.py ======================================================================================
 def tiny_vae(channels=1, latent_dim=3, variational=True, size=8):
     torch.manual_seed(0)
@@ -2817,15 +2410,16 @@ def run_vae(words, cwd=HERE, check=True):
     return done
 
 
-def refused(capsys, words, *needles):
+def refused(capsys, words, *needles, script=vae):
     """One line on stderr, exit status 2."""
     capsys.readouterr()
     try:
-        status = vae.main([str(word) for word in words])
+        status = script.main([str(word) for word in words])
     except SystemExit as error:
         status = error.code
     lines = capsys.readouterr().err.strip().splitlines()
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("vae.py: error: "), lines
+    assert status == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(f"{script.__name__}.py: error: "), lines
     assert all(str(needle) in lines[0] for needle in needles), lines
 
 
@@ -3098,7 +2692,7 @@ def test_default_folders(monkeypatch, tmp_path):
 @pytest.mark.parametrize("words, needles", [
     (["--kind", "gan"], ["--kind", "vae or ae"]), (["--steps", "0"], ["--steps", "0"]),
     (["--batch-size", "-3"], ["--batch-size"]), (["--steps", "many"], ["--steps", "many"]),
-    (["--learning-rate", "0"], ["--learning-rate"]), (["--image-size", "30"], ["multiple of 4"]),
+    (["--learning-rate", "-1"], ["--learning-rate"]), (["--image-size", "30"], ["multiple of 4"]),
     (["--device", "tpu"], ["--device tpu"]), (["--latent", "2"], ["--latent"]),
     (["--data", "nothing"], ["nothing", "cifar10"]), (["--data", "./faces"], ["folder"])])
 def test_vae_refuses_bad_words(words, needles, tmp_path, capsys, monkeypatch):
@@ -3352,3 +2946,382 @@ def test_memory_while_judging_is_bounded(monkeypatch):
 def test_vae_without_pillow(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "PIL", None)
     refused(capsys, ["--data", tmp_path], "pip install pillow")
+
+
+# ==== ddpm.py =====================================================================================
+class TrueDenoiser(ddpm.UNet):
+    """What a perfect network says of values from N(MEAN, STD^2), whatever the prompt."""
+    MEAN, STD = 0.1, 0.3
+
+    def forward(self, x, t, tokens):
+        signal, noise = (table[t][:, None, None, None] for table in (self.signal, self.noise))
+        gain = signal * self.STD**2 / (signal**2 * self.STD**2 + noise**2)
+        return self.MEAN + gain * (x - signal * self.MEAN)
+
+
+def tiny_ddpm(kind=ddpm.UNet, channels=1, size=8, steps=1000):
+    torch.manual_seed(0)
+    model = kind(channels, size, 8, 1, steps)
+    model.prompt.names = ["hot dog", "cat", vae.FACES[0]]
+    with torch.no_grad():
+        for parameter in model.parameters():  # layers that start at zero would hide what they get
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_schedule_of_the_noise():
+    """The cosine of Nichol and Dhariwal, equation 17; signal^2 + noise^2 = 1, exact at t = 1."""
+    alpha_bar = ddpm.cosine_schedule(1000)
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2)**2 for t in range(1001)]
+    for t in (0, 1, 250, 500, 990):
+        assert alpha_bar[t].item() == pytest.approx(f[t] / f[0], rel=1e-6)
+    assert 0 < alpha_bar[-1].sqrt() < 0.05 and (alpha_bar.diff() < 0).all()
+    model = tiny_ddpm()
+    exact = math.sin((1 / 1000) / 1.008 * math.pi / 2 + 0.008 / 1.008 * math.pi / 2)**2
+    exact = 1 - (1 - exact) / f[0]
+    assert model.noise[1].item() == pytest.approx(math.sqrt(exact), rel=1e-6)
+    assert torch.allclose(model.signal**2 + model.noise**2, torch.ones(1001))
+
+
+def test_many_small_steps_are_one():
+    """q(x_t | x_0) against t single steps (Ho et al. 2020, equations 2 and 4)."""
+    model, x0 = tiny_ddpm(steps=50), torch.full((20000, 1, 1, 1), 0.7)
+    x, g = x0.clone(), torch.Generator().manual_seed(0)
+    for t in range(1, 51):
+        beta = 1 - model.alpha_bar[t] / model.alpha_bar[t - 1]
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(x.shape, generator=g)
+        if t in (1, 10, 30, 50):
+            at = torch.full((len(x),), t)
+            whole = model.diffuse(x0, at, torch.randn(x.shape, generator=g))
+            assert abs(x.mean() - whole.mean()) < 0.03 and abs(x.std() / whole.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize("t, s", [(2, 1), (500, 499), (900, 400), (1000, 999)])
+def test_step_back_is_bayes_rule(t, s):
+    """eta 1: the posterior q(x_s | x_t, x_0), by brute force over a grid of x_s."""
+    alpha_bar, x0, xt = ddpm.cosine_schedule(1000), 0.4, -0.8
+    a, b, at = alpha_bar[t], alpha_bar[s], torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
+    log_p = -(at - b.sqrt() * x0)**2 / (2 * (1 - b))
+    p = (log_p - (xt - (a / b).sqrt() * at)**2 / (2 * (1 - a / b))).softmax(0)
+    mean, sigma = ddpm.step_back(alpha_bar.tolist(), x0, xt, t, s, eta=1)
+    assert math.isclose(mean, (p * at).sum(), abs_tol=1e-4)
+    assert math.isclose(sigma**2, (p * at**2).sum() - (p * at).sum()**2, rel_tol=1e-3)
+
+
+def test_step_back_keeps_the_noise_and_ends_without():
+    """eta 0: x_s has the same x_0 and the same eps as x_t; at s = 0 it is x_0, at any eta."""
+    model, (x0, eps) = tiny_ddpm(), torch.randn(2, 5, 1, 4, 4)
+    for t, s in ((2, 1), (999, 3), (1000, 500)):
+        xt, xs = (model.diffuse(x0, torch.full((5,), at), eps) for at in (t, s))
+        back, sigma = ddpm.step_back(model.alpha_bar, x0, xt, t, s, eta=0)
+        assert sigma == 0 and torch.allclose(back, xs, atol=1e-4)
+        mean, sigma = ddpm.step_back(model.alpha_bar, x0, xt, t, 0, eta=1)
+        assert sigma == 0 and torch.equal(mean, x0)
+
+
+@pytest.mark.parametrize("steps, eta", [(1000, 1.0), (1000, 0.0), (25, 0.0)])
+def test_a_perfect_denoiser_samples_the_truth(steps, eta):
+    """Its pictures have the mean of the data and the variance that the recursion predicts."""
+    model = tiny_ddpm(TrueDenoiser, size=16)
+    x = 2 * ddpm.sample(model, [""] * 100, steps, 1.0, eta, seed=0) - 1
+    times, var = torch.linspace(1000, 0, steps + 1).round().long().tolist(), 1.0
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        a, b = model.alpha_bar[t], model.alpha_bar[s]
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        gain = math.sqrt(a) * model.STD**2 / (a * model.STD**2 + 1 - a)  # of the estimate, by x_t
+        keep = math.sqrt((1 - b - sigma2) / (1 - a))
+        var = (math.sqrt(b) * gain + keep * (1 - math.sqrt(a) * gain))**2 * var + sigma2
+    assert abs(x.mean() - model.MEAN) < 0.015
+    assert math.isclose(x.var(), var, rel_tol=0.04)
+    if steps == 1000:
+        assert math.isclose(var, model.STD**2, rel_tol=0.04)
+
+
+def test_ancestral_sampling_is_algorithm_2():
+    """eta 1, all steps: Ho et al. 2020, written out in betas, with the same noise."""
+    model = tiny_ddpm(steps=40)
+    images = ddpm.sample(model, ["a cat", "a hot dog"], 99, guidance=1.0, eta=1.0, seed=5)
+    noise, a = torch.Generator().manual_seed(5), model.alpha_bar
+    tokens, x = model.prompt.tokens(["a cat", "a hot dog"]), torch.randn(2, 1, 8, 8, generator=noise)
+    for t in range(40, 0, -1):
+        alpha = a[t] / a[t - 1]
+        with torch.no_grad():
+            x0 = model(x, torch.full((2,), t), tokens).clamp(-1, 1)
+        x = (math.sqrt(a[t - 1]) * (1 - alpha) / (1 - a[t]) * x0
+             + math.sqrt(alpha) * (1 - a[t - 1]) / (1 - a[t]) * x)                   # equation 7
+        if t > 1:
+            variance = (1 - a[t - 1]) / (1 - a[t]) * (1 - alpha)
+            x = x + math.sqrt(variance) * torch.randn(x.shape, generator=noise)
+    assert torch.allclose(images, (x / 2 + 0.5).clamp(0, 1), atol=1e-4)
+
+
+def test_guidance():
+    model, x, t = tiny_ddpm(), torch.randn(2, 1, 8, 8), torch.tensor([300, 700])
+    tokens = model.prompt.tokens(["a hot dog", "a cat"])
+    with torch.no_grad():
+        with_prompt, without = model(x, t, tokens), model(x, t, 0 * tokens)
+        for g, expected in ((0, without), (1, with_prompt), (3, 3 * with_prompt - 2 * without)):
+            guided = ddpm.guided(model, x, t, tokens, torch.tensor([g, g]))
+            assert torch.allclose(guided, expected, atol=1e-4)
+        mixed = ddpm.guided(model, x, t, tokens, torch.tensor([0, 1]))
+    assert torch.allclose(mixed, torch.stack([without[0], with_prompt[1]]), atol=1e-5)
+    assert (with_prompt - without).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_samples_of_ddpm():
+    """One picture is the same in company; a seed repeats; None draws anew; any T will do."""
+    model = tiny_ddpm(steps=20)
+    three = ddpm.sample(model, ["a cat", "a hot dog", ""], 5, seed=1)
+    assert three.shape == (3, 1, 8, 8) and 0 <= three.min() and three.max() <= 1
+    assert torch.allclose(three[:1], ddpm.sample(model, ["a cat"], 5, seed=1), atol=1e-5)
+    assert not torch.equal(ddpm.sample(model, [""], 5), ddpm.sample(model, [""], 5))
+    assert ddpm.sample(model, [""]).isfinite().all()  # 25 steps, by default, of 20
+    assert tiny_ddpm(size=12)(torch.rand(1, 1, 12, 12), torch.tensor([3]),
+                              torch.zeros(1, 1, dtype=torch.long)).shape == (1, 1, 12, 12)
+    inside = [len(tiny_ddpm(size=size).map[0]) for size in (28, 32, 60, 64, 128, 132)]
+    assert inside == [14, 16, 30, 16, 16, 66 // 2 * 2 // 2]
+
+
+def test_words_and_their_order():
+    model = tiny_ddpm()
+    tokens = model.prompt.tokens(["hot dog", "dog hot", "dog", "", "A dog"])
+    with torch.no_grad():
+        e, alone = model.prompt(tokens), model.prompt(model.prompt.tokens(["dog"]))
+    assert (e[0] - e[1]).norm() > 0.1 and (e[0] - e[2]).norm() > 0.1
+    assert torch.allclose(e[2:3], alone) and not e[3].any()
+    assert torch.isfinite(model.prompt(model.prompt.tokens(["a " * 40]))).all()
+    with pytest.raises(ddpm.UserError, match="'zebra'; known: a black cat"):
+        ddpm.sample(model, ["a zebra"], 2)
+
+
+def test_captions():
+    said = "an eight", "a one", "an ankle boot", "a t-shirt", "a great dane"
+    assert all(ddpm.captions(one.split(maxsplit=1)[1]) == 12 * [one] for one in said)
+    for name in ddpm.FACES:
+        whole, *parts = dict.fromkeys(ddpm.captions(name))
+        assert whole == "a " + name and ddpm.captions(name).count(whole) == 9 and len(parts) == 3
+        for part in parts:
+            assert set(part.split()) <= set(whole.split())
+
+
+def test_a_batch_of_ddpm():
+    """t covers 1 to T evenly, a tenth of the captions are dropped, pictures are in [-1, 1]."""
+    config = ddpm.Config(diffusion_steps=8, batch_size=4000)
+    images, labels = torch.randint(256, (4000, 1, 2, 2), dtype=torch.uint8), torch.arange(4000) % 2
+    captions = torch.tensor([[[5, 6]], [[0, 7]]])
+    torch.manual_seed(0)
+    x0, t, eps, tokens = ddpm.draw_batch(config, 0, images, labels, captions)
+    assert t.bincount(minlength=9).tolist() == [0] + 8 * [500]
+    rows = ddpm.batch_rows(config, 0, 4000, torch.device("cpu"))
+    assert torch.allclose(x0, images[rows] / 127.5 - 1) and x0.min() == -1 and x0.max() == 1
+    assert abs(eps.std() - 1) < 0.03 and abs(eps.mean()) < 0.03
+    dropped = ~tokens.any(1)
+    assert abs(dropped.float().mean() - 0.1) < 0.02
+    assert torch.equal(tokens[~dropped], captions[labels[rows], 0][~dropped])
+
+
+def test_objective_weighs_by_the_noise():
+    """Squared error of x_0 times 1 + SNR, which is the error of v, but 5 times at most."""
+    model, x0, eps = tiny_ddpm(), torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    estimate = x0 + 0.1 * torch.randn_like(x0)
+    for t, limited in ((900, False), (500, False), (20, True)):
+        at, a = torch.full((4,), t), model.alpha_bar[t]
+        xt = model.diffuse(x0, at, eps)
+        noise = (xt - math.sqrt(a) * estimate) / math.sqrt(1 - a)
+        v, true = (math.sqrt(a) * e - math.sqrt(1 - a) * x for e, x in ((noise, estimate), (eps, x0)))
+        expected = 5 * F.mse_loss(estimate, x0) if limited else F.mse_loss(v, true)
+        assert torch.allclose(ddpm.objective(model, estimate, x0, at), expected, rtol=1e-3)
+    assert model.error[20] == pytest.approx(0.9**4 * 1 + (1 - 0.9**4) * 0.01, abs=1) < 1
+    for _ in range(200):
+        ddpm.objective(model, estimate, x0, torch.full((4,), 7))
+    assert model.error[7].item() == pytest.approx((estimate - x0).square().mean().item(), rel=0.5)
+
+
+@pytest.mark.parametrize("mean, sigma", [(-1.0, 0.003), (-0.99, 0.02), (0.3, 0.001), (0.97, 0.5)])
+def test_the_256_levels_of_the_last_step_add_up_to_one(mean, sigma):
+    x0 = torch.arange(256) / 127.5 - 1
+    p = ddpm.log_decoder(x0, torch.full_like(x0, mean), sigma).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    inside = torch.distributions.Normal(mean, sigma)
+    by_hand = inside.cdf(x0[100] + 1 / 255) - inside.cdf(x0[100] - 1 / 255)
+    assert p[100].item() == pytest.approx(by_hand.item(), abs=1e-6)
+
+
+def test_bits_of_a_perfect_denoiser_are_the_closed_form():
+    """Its estimate is exact, so p's mean uses nothing of x_t (its error is set to 0)."""
+    model = tiny_ddpm(TrueDenoiser, size=16)
+    model.error.fill_(1e-12)
+    x = (model.MEAN + model.STD * torch.randn(16, 1, 16, 16)).clamp(-1, 1)
+    images, a = ((x / 2 + 0.5) * 255).round() / 255, model.alpha_bar
+    nats = 0.5 * (a[-1] * (model.STD**2 + model.MEAN**2) - a[-1] - math.log1p(-a[-1]))
+    for t in range(1, 1001):  # left: the variance of x_0, once x_t is known
+        left, beta = 1 / (1 / model.STD**2 + a[t] / (1 - a[t])), 1 - a[t] / a[t - 1]
+        if t > 1:
+            sigma2 = (1 - a[t - 1]) / (1 - a[t]) * beta
+            share2 = a[t - 1] * beta**2 / (1 - a[t])**2
+            nats += 0.5 * (math.log(beta / sigma2) + (sigma2 + share2 * left) / beta - 1)
+        else:  # the mean of the log of what falls into the bin, over the error r of the estimate
+            r = torch.linspace(-8, 8, 20001, dtype=torch.float64) * left**0.5
+            edges = [torch.special.ndtr((r + h) / beta**0.5) for h in (1 / 255, -1 / 255)]
+            weight = (-r**2 / (2 * left)).softmax(0)
+            nats -= (weight * (edges[0] - edges[1]).clamp(min=1e-300).log()).sum().item()
+    bits = ddpm.bits_per_dim(model, images)
+    assert bits.shape == (16,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.02)
+
+
+class Blurred(TrueDenoiser):
+    """A network that knows nothing but the mean."""
+
+    def forward(self, x, t, tokens):
+        return torch.full_like(x, self.MEAN)
+
+
+def test_the_bound_uses_what_x_t_shows():
+    """Even so, x_t tells p x_0: two Gaussians, weighted by 1 / error, are the best estimate."""
+    model, perfect = tiny_ddpm(Blurred, size=16), tiny_ddpm(TrueDenoiser, size=16)
+    model.error.fill_(model.STD**2)
+    perfect.error.fill_(1e-12)
+    images = (model.MEAN + model.STD * torch.randn(8, 1, 16, 16)).clamp(-1, 1) / 2 + 0.5
+    images = (images * 255).round() / 255
+    bits = [ddpm.bits_per_dim(m, images).mean().item() for m in (model, perfect)]
+    assert bits[0] == pytest.approx(bits[1], rel=0.01)
+
+
+# ---- as its users run it
+
+
+def ddpm_words(out, **settings):
+    settings = {"faces": 64, "steps": 45, "width": 8, "blocks": 1, "batch_size": 6, "samples": 20,
+                "diffusion_steps": 20, "sampling_steps": 4} | settings
+    words = [word for name, value in settings.items() for word in
+             ("--" + name.replace("_", "-"), str(value))]
+    return [*words, *(["--out", str(out)] if out else [])]
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory):
+    """One unbroken run, which several tests look at and none may change."""
+    out = tmp_path_factory.mktemp("ddpm")
+    assert ddpm.main(ddpm_words(out)) == 0
+    return out
+
+
+def test_what_a_ddpm_run_leaves(painted):
+    assert {p.name for p in painted.iterdir()} == {
+        "checkpoint.pt", "metrics.csv", "samples.png", "forward.png", "denoising.png",
+        "neighbours.png"}
+    rows = rows_of(painted)
+    assert [row["step"] for row in rows] == ["20", "40", "45"]
+    assert 1 < float(rows[-1]["test_bits_per_dim"]) < 20
+    state = torch.load(painted / "checkpoint.pt", weights_only=True)
+    rate = state["optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(4e-3 * ddpm.schedule(44.5 / 45)) and rate < 1e-4
+    model = ddpm.load(painted / "checkpoint.pt")
+    weight, last = model.down.conv1.weight, state["model"]["down.conv1.weight"]
+    assert not model.training and torch.equal(weight, state["average"]["down.conv1.weight"])
+    assert not torch.equal(weight, last) and torch.allclose(weight, last, atol=0.1)
+    prompts = [ddpm.captions(name)[0] for name in ddpm.FACES[:2]]
+    images = ddpm.sample(model, prompts, 3, guidance=2.0, seed=1)
+    assert images.shape == (2, 3, 32, 32) and ddpm.bits_per_dim(model, images).shape == (2,)
+    frames = decode_frames((painted / "denoising.png").read_bytes())
+    assert len(frames) == 6 and torch.equal(frames[0], frames[-1])  # 4 steps from noise; the result
+
+
+def test_a_finished_ddpm_draws_what_is_asked_for(painted, tmp_path, monkeypatch, capsys):
+    out = copy_of(painted, tmp_path)
+    before = (out / "samples.png").read_bytes()
+    monkeypatch.setattr(ddpm, "load_images", None)
+    assert ddpm.main(["--out", str(out), "--prompt", "a sad face, a face with glasses",
+                      "--guidance", "0", "--device", "cpu"]) == 0
+    assert (out / "samples.png").read_bytes() != before
+    for name in ("forward.png", "neighbours.png", "metrics.csv", "checkpoint.pt"):
+        assert (out / name).read_bytes() == (painted / name).read_bytes()
+    for words, needle in ((["--prompt", "a zebra"], "'zebra'"), (["--width", "16"], "--width 8"),
+                          (["--guidance", "-1"], "--guidance"), (["--sampling-steps", "0"], "steps"),
+                          (["--unseen", "x"], "--unseen"), (["--data", "mnist"], "--data faces")):
+        refused(capsys, ["--out", out, *words], needle, script=ddpm)
+    for words, needle in ((["--prompt", "an aple"], "known: a and"), (["--unseen", "x"], "takes some"),
+                          (["--unseen", ", ".join(ddpm.FACES)], "takes some"),
+                          (["--image-size", "30"], "multiple of 4")):
+        monkeypatch.undo()
+        refused(capsys, [*ddpm_words(tmp_path / "new"), *words], needle, script=ddpm)
+
+
+def test_prompts_and_guidance_of_the_sheet(tmp_path, monkeypatch):
+    model, asked = tiny_ddpm(), []
+    config = ddpm.Config(out=str(tmp_path), samples=25, prompt="a cat, a hot dog")
+    monkeypatch.setattr(ddpm, "sample", lambda model, prompts, steps, guidance, eta, seed: (
+        asked.append((prompts, guidance.tolist())), torch.zeros(len(prompts), 1, 8, 8))[1])
+    ddpm.draw_samples(ddpm.Run(config), model)
+    ((prompts, guidance),) = asked
+    assert guidance == [0.0] * 10 + [1.5] * 10 + [3.0] * 5
+    assert prompts == (["a cat", "a hot dog"] * 13)[:25]
+    config = ddpm.Config(unseen="cat")
+    assert ddpm.choose_prompts(config, model, 2) == ["a cat", "a cat"]
+    assert len(set(ddpm.choose_prompts(ddpm.Config(), model, 3))) == 3
+
+
+def test_sheets_of_ddpm(tmp_path, monkeypatch):
+    seen, grid = [], ddpm.grid
+    monkeypatch.setattr(ddpm, "grid", lambda x, columns: (seen.append(x), grid(x, columns))[1])
+    model, (train, _) = tiny_ddpm(size=32, channels=3), ddpm.draw_faces(100, 1)
+    run = ddpm.Run(ddpm.Config(out=str(tmp_path), sampling_steps=1000, prompt="a cat"))
+    ddpm.draw_forward(run, model, train)
+    forward = seen.pop().view(4, 10, 3, 32, 32)
+    assert torch.allclose(forward[:, 0], train[:4] / 255, atol=1e-5)
+    assert abs(forward[:, -1].std() - 0.5) < 0.05  # N(0, 1) at half the size
+    ddpm.draw_denoising(run, model)
+    assert len(seen) == 20  # frames, however many the steps
+    run.config.sampling_steps = 2
+    ddpm.draw_neighbours(run, model, train)
+    images, nearest = seen.pop().view(2, 2, 10, 3 * 32 * 32).unbind(1)
+    distance = torch.cdist(images.flatten(0, 1), train.flatten(1) / 255)
+    assert torch.allclose(nearest.flatten(0, 1), train[distance.argmin(1)].flatten(1) / 255)
+
+
+def test_unseen_kinds_and_class_names(idx, tmp_path, monkeypatch):
+    """They are no training pictures, and can be asked for all the same."""
+    config = ddpm.Config(data="mnist", data_dir=str(idx), unseen="three, one")
+    model = tiny_ddpm()
+    data, tokens = ddpm.prepare(config, model)
+    assert len(data.train) and not set(data.train_labels.tolist()) & {1, 3}
+    assert set(data.test_labels.tolist()) & {1, 3} and tokens.shape == (10, 12, 2)
+    assert model.prompt.tokens(["a seven"]).tolist() == tokens[7, :1].tolist()
+    assert ddpm.main([*ddpm_words(tmp_path, steps=2, data="mnist", prompt="a three"),
+                      "--data-dir", str(idx), "--image-size", "32"]) == 0
+    assert ddpm.load(tmp_path / "checkpoint.pt").shape == (1, 32, 32)
+
+
+def test_ddpm_on_photographs(tmp_path):
+    write_photographs(tmp_path / "pets" / "great dane")
+    write_photographs(tmp_path / "pets" / "cat")
+    words = ddpm_words(tmp_path / "out", steps=2, data=tmp_path / "pets", image_size=64)
+    assert ddpm.main([*words, "--prompt", "a great dane"]) == 0
+    model = ddpm.load(tmp_path / "out" / "checkpoint.pt")
+    assert ddpm.sample(model, ["a cat"], 2).shape == (1, 3, 64, 64)
+
+
+def test_ddpm_killed_and_continued(job, painted):
+    """SIGKILL in mid-run; the same command ends where the run that was not killed did."""
+    killed, done, out = job
+    assert killed.returncode == -signal.SIGKILL and done.returncode == 0, done.stderr
+    states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (out, painted)]
+    for part in ("model", "average", "optimizer"):
+        assert same({"model": states[0][part]}, {"model": states[1][part]})
+    for path in painted.iterdir():
+        if path.suffix in (".png", ".csv"):
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_two_ranks_of_ddpm_end_where_one_process_does(job, tmp_path):
+    """And a run of two ranks that was killed after 20 steps goes on."""
+    killed, done, out = job
+    assert ddpm.main(ddpm_words(tmp_path, steps=30)) == 0
+    assert killed.returncode != 0 and done.returncode == 0, done.stderr
+    assert done.stdout.count("on held-out data") == 1 and "20/30" in done.stderr
+    assert done.stderr.count("30/30") == 1
+    states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (tmp_path, out)]
+    for part in ("model", "average"):
+        a, b = (torch.cat([value.flatten() for name, value in sorted(state[part].items())
+                           if "extra" not in name and "error" not in name]) for state in states)
+        assert (a - b).norm() / a.norm() < 1e-3

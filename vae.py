@@ -452,8 +452,8 @@ def settle(config):
     folder = NAME
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
-        too_small = not isinstance(value, str) and (value < 0 or value == 0 and f.default != 0)
-        if too_small or choices and value not in choices:
+        least = int(type(f.default) is int and f.default > 0)  # of a count, often 1
+        if not isinstance(value, str) and value < least or choices and value not in choices:
             takes = " or ".join(choices) or "a larger number"
             raise UserError(f"--{f.name.replace('_', '-')} takes {takes}, not {value}")
         if f.name not in config.FREE and value != f.default:
