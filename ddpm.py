@@ -144,13 +144,12 @@ class PromptEncoder(nn.Module):
         self.names = names
 
     def tokens(self, prompts):
-        """B strings -> the numbers of their words (B, words), 0 where there is none. UserError for
-        a word that no caption has."""
+        """B strings -> numbers of their words (B, words), 0 for none. UserError: unknown word."""
         known = sorted({w for name in self.names for c in captions(name) for w in c.split()})
         rows = [prompt.lower().split() for prompt in prompts]
         for word in {word for row in rows for word in row}.difference(known):
             raise UserError(f"no caption has the word {word!r}; known: {' '.join(known)}")
-        length = max(map(len, rows))
+        length = max([1, *map(len, rows)])
         rows = [[0] * (length - len(row)) + [known.index(word) + 1 for word in row] for row in rows]
         return torch.tensor(rows, dtype=torch.long)
 
@@ -736,6 +735,7 @@ class RankedRun(Run):
     """A Run that several processes share: all restore it, rank 0 alone writes."""
 
     def save(self):
+        self.saved_at = time.monotonic()
         if RANK == 0:
             super().save()
 

@@ -159,7 +159,7 @@ def test_same_name_same_text():
         start = text[:text.index("# ==== Utilities")].count("\n")
         for node in ast.parse(text).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno > start:
-                own = {"draw_samples", "load"}  # a file's own sheets and loading
+                own = {"draw_samples", "new_model", "load"}  # a file's own sheets and loading
                 if node.name not in own:
                     segment = ast.get_source_segment(text, node)
                     assert seen.setdefault(node.name, segment) == segment, (script, node.name)
@@ -3042,7 +3042,8 @@ def test_ancestral_sampling_is_algorithm_2():
     model = tiny_ddpm(steps=40)
     images = ddpm.sample(model, ["a cat", "a hot dog"], 99, guidance=1.0, eta=1.0, seed=5)
     noise, a = torch.Generator().manual_seed(5), model.alpha_bar
-    tokens, x = model.prompt.tokens(["a cat", "a hot dog"]), torch.randn(2, 1, 8, 8, generator=noise)
+    tokens = model.prompt.tokens(["a cat", "a hot dog"])
+    x = torch.randn(2, 1, 8, 8, generator=noise)
     for t in range(40, 0, -1):
         alpha = a[t] / a[t - 1]
         with torch.no_grad():
@@ -3079,7 +3080,7 @@ def test_samples_of_ddpm():
     assert tiny_ddpm(size=12)(torch.rand(1, 1, 12, 12), torch.tensor([3]),
                               torch.zeros(1, 1, dtype=torch.long)).shape == (1, 1, 12, 12)
     inside = [len(tiny_ddpm(size=size).map[0]) for size in (28, 32, 60, 64, 128, 132)]
-    assert inside == [14, 16, 30, 16, 16, 66 // 2 * 2 // 2]
+    assert inside == [14, 16, 30, 16, 16, 66]
 
 
 def test_words_and_their_order():
@@ -3128,13 +3129,14 @@ def test_objective_weighs_by_the_noise():
         at, a = torch.full((4,), t), model.alpha_bar[t]
         xt = model.diffuse(x0, at, eps)
         noise = (xt - math.sqrt(a) * estimate) / math.sqrt(1 - a)
-        v, true = (math.sqrt(a) * e - math.sqrt(1 - a) * x for e, x in ((noise, estimate), (eps, x0)))
+        v, true = (math.sqrt(a) * e - math.sqrt(1 - a) * x
+                   for e, x in ((noise, estimate), (eps, x0)))
         expected = 5 * F.mse_loss(estimate, x0) if limited else F.mse_loss(v, true)
         assert torch.allclose(ddpm.objective(model, estimate, x0, at), expected, rtol=1e-3)
-    assert model.error[20] == pytest.approx(0.9**4 * 1 + (1 - 0.9**4) * 0.01, abs=1) < 1
     for _ in range(200):
         ddpm.objective(model, estimate, x0, torch.full((4,), 7))
-    assert model.error[7].item() == pytest.approx((estimate - x0).square().mean().item(), rel=0.5)
+    errors = (estimate - x0).square().mean((1, 2, 3))
+    assert errors.min() <= model.error[7] <= errors.max() and model.error[8] == 1
 
 
 @pytest.mark.parametrize("mean, sigma", [(-1.0, 0.003), (-0.99, 0.02), (0.3, 0.001), (0.97, 0.5)])
@@ -3236,14 +3238,16 @@ def test_a_finished_ddpm_draws_what_is_asked_for(painted, tmp_path, monkeypatch,
     assert (out / "samples.png").read_bytes() != before
     for name in ("forward.png", "neighbours.png", "metrics.csv", "checkpoint.pt"):
         assert (out / name).read_bytes() == (painted / name).read_bytes()
-    for words, needle in ((["--prompt", "a zebra"], "'zebra'"), (["--width", "16"], "--width 8"),
-                          (["--guidance", "-1"], "--guidance"), (["--sampling-steps", "0"], "steps"),
-                          (["--unseen", "x"], "--unseen"), (["--data", "mnist"], "--data faces")):
+    for words, needle in (
+            (["--prompt", "a zebra"], "'zebra'"), (["--width", "16"], "--width 8"),
+            (["--guidance", "-1"], "--guidance"), (["--sampling-steps", "0"], "--sampling-steps"),
+            (["--unseen", "x"], "--unseen"), (["--data", "mnist"], "--data faces")):
         refused(capsys, ["--out", out, *words], needle, script=ddpm)
-    for words, needle in ((["--prompt", "an aple"], "known: a and"), (["--unseen", "x"], "takes some"),
-                          (["--unseen", ", ".join(ddpm.FACES)], "takes some"),
-                          (["--image-size", "30"], "multiple of 4")):
-        monkeypatch.undo()
+    monkeypatch.undo()
+    for words, needle in (
+            (["--prompt", "an aple"], "known: a and"), (["--unseen", "x"], "takes some"),
+            (["--unseen", ", ".join(ddpm.FACES)], "takes some"),
+            (["--image-size", "30"], "multiple of 4")):
         refused(capsys, [*ddpm_words(tmp_path / "new"), *words], needle, script=ddpm)
 
 
