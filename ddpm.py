@@ -9,14 +9,14 @@
     x_0 <-- x_1 <-- x_2 <-- ... <-- x_T    p: a U-Net estimates x_0; each step goes part of the way
     "a smiling face with long red hair" --> a vector --> every residual block of the U-Net
 
-To paint a picture in one stroke is hard. To remove a little noise is easier, and every noised
-picture is a training example with a known answer. Repeated, it turns static into a picture that
-never existed; guidance, which scales the difference that a prompt makes, into what was asked for.
+To guess what is under the noise is easier than to paint, and every noised picture is a training
+example with a known answer. Many small steps, each toward such a guess, turn static into a new
+picture. Guidance makes the guesses follow the prompt more closely.
 
     python ddpm.py                    on faces that this script draws; see out/ddpm/samples.png
     python ddpm.py --prompt "a smiling face with long red hair and glasses"
     python ddpm.py --data mnist --prompt "a seven"
-    python ddpm.py --data ./photos    pictures of your own; the folder that one is in names it
+    python ddpm.py --data ./photos    pictures of your own; a picture's folder says what it shows
     torchrun --nproc-per-node 2 ddpm.py                  on several GPUs, or processes
 
 Papers: Sohl-Dickstein et al. 2015 (arXiv:1503.03585), the idea; Ho, Jain, Abbeel 2020
@@ -67,13 +67,13 @@ class Config:
     eta: float = setting(0.0, "fresh noise in each step: 0 none (DDIM), 1 as in Ho et al.")
     unseen: str = setting("", "kinds kept out of training, comma-separated: do words combine?")
     diffusion_steps: int = setting(1000, "T, the steps from picture to static")
-    width: int = setting(32, "channels at the finer resolution, a multiple of 8; 3 times at half")
+    width: int = setting(32, "channels at the finer resolution, a multiple of 8; the coarser: 3x")
     blocks: int = setting(2, "residual blocks at the coarser resolution")
     image_size: int = setting(0, "height and width, a multiple of 4; 0: 28 if grey, else 32")
     faces: int = setting(0, "faces to draw; 0: 40,000 at 32x32, fewer at larger sizes")
     batch_size: int = setting(16, "pictures per step, over all processes")
     learning_rate: float = setting(4e-3, "its peak; lower it if training diverges")
-    steps: int = setting(4000, "optimiser steps in total; the learning rate falls to 0 over them")
+    steps: int = setting(3000, "optimiser steps in total; the learning rate falls to 0 over them")
     samples: int = setting(50, "pictures in samples.png")
     seed: int = setting(0, "of the training; of a finished model, only of its samples")
     device: str = setting("auto", "auto, cpu, cuda or mps")
@@ -94,7 +94,8 @@ class Config:
 def captions(name):
     """Twelve captions of a picture whose kind is ``name``, equally probable in training. Of a drawn
     face a quarter are shorter, so that a prompt may ask for a part and leave the rest open."""
-    whole = ("an " if re.match("(?!one|uni|eu|use)[aeiou]", name) else "a ") + name  # by its sound
+    vowel = re.match("(?i)(?!one|uni|eu|use)[aeiou]", name)  # by its sound, roughly
+    whole = ("an " if vowel else "a ") + name.replace("_", " ")
     if name not in FACES:
         return 12 * [whole]
     mood, _, _, length, colour, *_ = name.split()
@@ -112,16 +113,16 @@ def captions(name):
 #
 #   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 #
-# Training can therefore jump to any t at once. At T almost no signal may be left, because sampling
-# begins with pure noise, and training must have seen that.
+# Training can therefore jump to any t at once. By T nearly all signal must be gone: sampling begins
+# with pure noise, and training must have seen that.
 
 
 def cosine_schedule(steps):
     """alpha_bar_0 = 1 to alpha_bar_T near 0: (T + 1,) in float64 (Nichol, Dhariwal, equation 17).
     It falls slowly at both ends; with the linear beta of Ho et al. much of the chain is nearly pure
     noise. The clamp keeps alpha_bar_T, by which we divide, above 0."""
-    time = torch.arange(steps + 1, dtype=torch.float64) / steps
-    f = torch.cos((time + 0.008) / 1.008 * math.pi / 2)**2
+    progress = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((progress + 0.008) / 1.008 * math.pi / 2)**2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
@@ -145,9 +146,9 @@ class PromptEncoder(nn.Module):
 
     def tokens(self, prompts):
         """B strings -> numbers of their words (B, words), 0 for none. UserError: unknown word."""
-        known = sorted({w for name in self.names for c in captions(name) for w in c.split()})
+        known = sorted({w for name in self.names for w in " ".join(captions(name)).lower().split()})
         rows = [prompt.lower().split() for prompt in prompts]
-        for word in {word for row in rows for word in row}.difference(known):
+        for word in [word for row in rows for word in row if word not in known]:
             raise UserError(f"no caption has the word {word!r}; known: {' '.join(known)}")
         length = max([1, *map(len, rows)])
         rows = [[0] * (length - len(row)) + [known.index(word) + 1 for word in row] for row in rows]
@@ -160,7 +161,7 @@ class PromptEncoder(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + f(x, e): (B, in, H, W) and (B, E) -> (B, out, H, W). The vector e, time plus prompt,
+    """skip(x) + f(x, e): (B, in, H, W), (B, E) -> (B, out, H, W). The vector e, time plus prompt,
     scales and shifts the channels between two convolutions (Dhariwal, Nichol 2021,
     arXiv:2105.05233, section 3). The last layer starts at zero, hence f too."""
 
@@ -188,9 +189,9 @@ class UNet(nn.Module):
                                   \--fold--> 8x8 -> Residuals --unfold--/
 
     The way down sees the whole, the skip keeps the detail (Ronneberger et al. 2015,
-    arXiv:1505.04597). To fold 2x2 pixels into channels loses nothing, and only the last, narrow
-    convolution runs at full resolution, where they cost most. From 64x64 on the first fold is 4x4,
-    from 128x128 on 8x8: little more work, but details get a smaller part of the network."""
+    arXiv:1505.04597). 2x2 pixels are folded into channels, so only the last, narrow convolution
+    runs at full resolution, where convolutions cost most. The first fold is 4x4 for 64x64, 8x8 for
+    128x128: 1.3 and 2.3 times the work of 32x32, but details get a smaller part of the network."""
 
     def __init__(self, channels, size, width, blocks, diffusion_steps, E=128):
         super().__init__()
@@ -206,7 +207,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E))
         self.fold1 = nn.Sequential(nn.PixelUnshuffle(fold),
                                    nn.Conv2d(fold**2 * channels, width, kernel_size=3, padding=1))
-        self.map = nn.Parameter(torch.zeros(width, size // fold, size // fold))
+        self.map = nn.Parameter(torch.zeros(width, size // fold, size // fold))  # for each place
         self.down = Residual(width, width, E)
         self.fold2 = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, 3 * width, 1))
         self.middle = nn.ModuleList(Residual(3 * width, 3 * width, E) for _ in range(blocks))
@@ -234,33 +235,31 @@ class UNet(nn.Module):
 # ==== 4. Objective ================================================================================
 # What should the network predict? Given x_t, the noise and the picture follow from each other. Ho
 # et al. ask for the noise, Salimans and Ho 2022 (arXiv:2202.00512) for v, a mixture of both. Here
-# it is the picture: a small network learns that faster, and its output is free of noise.
+# it is the picture: this small network learns that faster, as it need not reproduce the noise.
 #
 # The loss is the squared error of x_0, times a weight. With SNR = alpha_bar / (1 - alpha_bar) as
-# the weight it would be the squared error of the noise (L_simple of Ho et al., equation 14), with
-# 1 + SNR that of v. Both count small t most, where x_t shows nearly all of x_0, and count little
-# where pictures take shape. So the weight is 1 + SNR, 5 at most (as Hang et al. 2023,
-# arXiv:2303.09556, limit SNR).
+# the weight it would be the squared error of the noise (L_simple of Ho et al., equation 14); with
+# 1 + SNR, that of v. Both count small t most, where x_t shows nearly all of x_0. So the weight is
+# 1 + SNR, 5 at most (as Hang et al. 2023, arXiv:2303.09556, limit SNR).
 
 
 def objective(model, estimate, x0, t):
-    """The loss: estimate and x0 (B, C, H, W), t (B,) from 1 to T. A running mean of the error at
-    each t is kept for chapter 7."""
+    """The loss: estimate and x0 (B, C, H, W), t (B,). Chapter 7 needs the mean error at each t."""
     error = (estimate - x0).square().mean((1, 2, 3))
     model.error[t] = model.error[t].lerp(error.detach(), 0.1)
     return ((1 / model.noise[t]**2).clamp(max=5) * error).mean()  # 1 + SNR = 1 / (1 - alpha_bar)
 
 
 # ==== 5. Training =================================================================================
-def draw_batch(config, step, images, labels, captions):
-    """Sample x0 and eps (B, C, H, W), t (B,) and tokens (B, words). One t lies in each of B equal
-    parts of 1 ... T: batches differ less in difficulty (Kingma et al. 2021, arXiv:2107.00630)."""
+def draw_batch(config, step, images, labels, table):
+    """Sample x0 and eps (B, C, H, W), t (B,), tokens (B, words) of the captions in ``table``. One t
+    is in each of B parts of 1 ... T: steps differ less (after Kingma et al. 2021, 2107.00630)."""
     device, T = images.device, config.diffusion_steps
     rows = batch_rows(config, step, len(images), device)
     x0, B = images[rows] / 127.5 - 1, len(rows)
     part = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B     # 0 to 1
     t = 1 + (part * T).long().clamp(max=T - 1)
-    tokens = captions[labels[rows], torch.randint(captions.shape[1], (B,), device=device)]
+    tokens = table[labels[rows], torch.randint(table.shape[1], (B,), device=device)]
     kept = torch.rand(B, 1, device=device) > 0.1  # a tenth has no caption, for guidance
     batch = x0, t, torch.randn_like(x0), tokens * kept
     return [x[RANK::RANKS] for x in batch]  # drawn for all processes: each takes its rows
@@ -274,16 +273,16 @@ def schedule(progress):
 def train(config):
     """Train what is left, judge and sample; all goes to ``config.out`` -> the averaged UNet. Raises
     UserError (data, settings or folder will not do), FloatingPointError (training diverges)."""
-    join_ranks()
-    device = pick_device(config.device)
+    device = join_ranks(config.device)
+    gpu = device.type == "cuda"
     torch.manual_seed(config.seed)
     model = new_model(config).to(device)
     average = copy.deepcopy(model)  # of the weights over some hundred steps: better than the last
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=device.type != "mps")
     run = RankedRun(config, model=model, average=average, optimizer=optimizer)
     if not run.finished:
-        data, captions = prepare(config, model, average)
-        images, labels, captions = (x.to(device) for x in (*data[:2], captions))
+        data, table = prepare(config, model, average)
+        images, labels, table = (x.to(device) for x in (*data[:2], table))
         network = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
         for step in run.steps():
             torch.manual_seed(hash((config.seed, step)))  # a resumed run draws the same numbers
@@ -291,9 +290,9 @@ def train(config):
             progress = (step + 0.5) / config.steps
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(progress)
             # Batch
-            x0, t, eps, tokens = draw_batch(config, step, images, labels, captions)
+            x0, t, eps, tokens = draw_batch(config, step, images, labels, table)
             # Loss
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast("cuda" if gpu else "cpu", torch.bfloat16, enabled=gpu):
                 estimate = network(model.diffuse(x0, t, eps), t, tokens)
             loss = objective(model, estimate, x0, t)
             # Gradient, clipped, and update
@@ -321,13 +320,11 @@ def train(config):
 # ==== 6. Sampling =================================================================================
 # One step back, from t to an earlier s: ask the network for x_0, then add noise to that again, as
 # much as there is at s, part of it the noise that is in x_t, part of it fresh.
-
-
 def step_back(alpha_bar, x0, xt, t, s, eta):
     """Mean (B, C, H, W) and standard deviation of x_s, given x_t and x_0, for two numbers s < t
     (Song et al. 2020, equations 12 and 16). With eta 1 it is the posterior q(x_s | x_t, x_0), and
-    from t to t - 1 the step of Ho et al. (equation 7). With eta 0 nothing is random, and the step
-    may be large. At s = 0 it is x_0: no noise at the last step."""
+    from t to t - 1 the step of Ho et al. (equation 7). With eta 0 nothing is random, and large
+    steps cost less. At s = 0 it is x_0: no noise at the last step."""
     a, b = alpha_bar[t], alpha_bar[s]
     sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
     eps = (xt - math.sqrt(a) * x0) / math.sqrt(1 - a)
@@ -336,8 +333,8 @@ def step_back(alpha_bar, x0, xt, t, s, eta):
 
 def guided(model, x, t, tokens, guidance):
     """Classifier-free guidance: extrapolate from the estimate of x_0 without the prompt to the one
-    with it (Ho, Salimans 2022, equation 6). guidance (B,): 0 is without, 1 with the prompt, 2 twice
-    as far; the paper's w is guidance - 1. (The same as for the noise, as in the paper.)"""
+    with it (Ho, Salimans 2022, equation 6, for the noise, which comes to the same). guidance (B,):
+    0 is without, 1 with the prompt, 2 twice as far; the paper's w is guidance - 1."""
     twice = torch.cat([tokens, torch.zeros_like(tokens)])
     prompted, unprompted = model(torch.cat([x, x]), torch.cat([t, t]), twice).chunk(2)
     return unprompted + guidance[:, None, None, None] * (prompted - unprompted)
@@ -366,13 +363,13 @@ def sample(model, prompts, sampling_steps=25, guidance=3.0, eta=0.0, seed=None):
     """A picture for each of N prompts -> (N, C, H, W) in [0, 1]; ``guidance`` is a number, or one
     for each. The same seed gives the same pictures; None draws from torch's global generator."""
     for x in denoise(model, prompts, sampling_steps, guidance, eta, seed):
-        images = (x / 2 + 0.5).clamp(0, 1)  # the last one counts
+        images = (x / 2 + 0.5).clamp(0, 1)  # only the last is returned
     return images
 
 
 # ==== 7. Judging, on held-out pictures ============================================================
-# How many bits does a picture cost, at most, with this chain? x_T, then each x_{t-1} given x_t, at
-# last the pixels given x_1; averaged over q by drawing each x_t once (Ho et al. 2020, equation 5):
+# How many bits does it take, at most, to transmit a picture? x_T, then each x_{t-1} given x_t, then
+# the pixels given x_1; averaged over q by drawing each x_t once (Ho et al. 2020, equation 5):
 #
 #   L = KL( q(x_T|x_0) || N(0, I) )  -  log p(x_0|x_1)
 #       + sum over t > 1 of KL( q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t) )
@@ -399,7 +396,7 @@ def bits_per_dim(model, images):
         a, beta = alpha_bar[t], 1 - alpha_bar[t] / alpha_bar[t - 1]
         at = torch.full((len(x0),), t, device=x0.device)
         xt = model.diffuse(x0, at, torch.randn_like(x0))
-        weight = 1 / (1 + (1 - a) / a / model.error[t].item())  # (1 - a) / a is the error of x_t
+        weight = 1 / (1 + (1 - a) / a / model.error[t].item())  # (1 - a) / a: that of x_t / sqrt(a)
         estimate = model(xt, at, torch.zeros_like(at)[:, None])
         estimate = estimate.lerp(xt / math.sqrt(a), weight).clamp(-1, 1)
         if t == 1:  # on the CPU, because log_ndtr is not there on every device
@@ -454,8 +451,7 @@ def split(text):
 
 
 def prepare(config, *models):
-    """Images, less the kinds that --unseen names, and tokens (kinds, 12, words) of the captions of
-    each kind. The models learn the names of all kinds."""
+    """Images less the --unseen kinds, and tokens (kinds, 12, words) of the captions of all."""
     if RANK > 0:
         dist.barrier()  # until rank 0 has downloaded
     data = load_images(config)
@@ -466,18 +462,20 @@ def prepare(config, *models):
     if not set(unseen) <= set(names) or not seen.any():
         raise UserError(f"--unseen takes some, not all, of: {', '.join(names)}")
     for model in models:
+        if model.prompt.names not in ([], names):
+            raise UserError(f"{config.out} began with other kinds of pictures")
         model.prompt.names = names
-    model.prompt.tokens([*split(config.prompt), ""])  # an unknown word fails before training
-    tokens = model.prompt.tokens([caption for name in names for caption in captions(name)])
+    models[0].prompt.tokens([*split(config.prompt), ""])  # an unknown word fails before training
+    tokens = models[0].prompt.tokens([caption for name in names for caption in captions(name)])
     data = data._replace(train=data.train[seen], train_labels=data.train_labels[seen])
     return data, tokens.unflatten(0, (len(names), -1))
 
 
 def choose_prompts(config, model, count):
-    """--prompt, in turn; if there is none, the unseen kinds; if there are none, ten others."""
+    """--prompt, in turn; if there is none, the unseen kinds and ten of all."""
     names = model.prompt.names
     some = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:10]
-    kinds = split(config.unseen) or [names[i] for i in some.sort().values]
+    kinds = split(config.unseen) + [names[i] for i in some.sort().values]
     return ((split(config.prompt) or [captions(kind)[0] for kind in kinds]) * count)[:count]
 
 
@@ -530,13 +528,15 @@ def load(path, device="cpu"):
     return model.to(device).eval()
 
 
-def join_ranks():
-    """Under torchrun, meet the other processes; each takes a GPU of its own, if there are some."""
+def join_ranks(name):
+    """The device of that name. Under torchrun meet the other processes first, a GPU for each."""
     if RANKS > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        gpus = torch.cuda.is_available() and name != "cpu"
+        if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         atexit.register(dist.destroy_process_group)
+    return pick_device(name)
 
 
 def command_line(argv):

@@ -2977,22 +2977,19 @@ def test_schedule_of_the_noise():
         assert alpha_bar[t].item() == pytest.approx(f[t] / f[0], rel=1e-6)
     assert 0 < alpha_bar[-1].sqrt() < 0.05 and (alpha_bar.diff() < 0).all()
     model = tiny_ddpm()
-    exact = math.sin((1 / 1000) / 1.008 * math.pi / 2 + 0.008 / 1.008 * math.pi / 2)**2
-    exact = 1 - (1 - exact) / f[0]
-    assert model.noise[1].item() == pytest.approx(math.sqrt(exact), rel=1e-6)
+    assert model.noise[1].item() == pytest.approx(math.sqrt(1 - f[1] / f[0]), rel=1e-6)
     assert torch.allclose(model.signal**2 + model.noise**2, torch.ones(1001))
 
 
 def test_many_small_steps_are_one():
     """q(x_t | x_0) against t single steps (Ho et al. 2020, equations 2 and 4)."""
     model, x0 = tiny_ddpm(steps=50), torch.full((20000, 1, 1, 1), 0.7)
-    x, g = x0.clone(), torch.Generator().manual_seed(0)
+    x = x0.clone()
     for t in range(1, 51):
         beta = 1 - model.alpha_bar[t] / model.alpha_bar[t - 1]
-        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(x.shape, generator=g)
-        if t in (1, 10, 30, 50):
-            at = torch.full((len(x),), t)
-            whole = model.diffuse(x0, at, torch.randn(x.shape, generator=g))
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(x.shape)
+        if t % 10 == 0:
+            whole = model.diffuse(x0, torch.full((len(x),), t), torch.randn(x.shape))
             assert abs(x.mean() - whole.mean()) < 0.03 and abs(x.std() / whole.std() - 1) < 0.03
 
 
@@ -3037,25 +3034,6 @@ def test_a_perfect_denoiser_samples_the_truth(steps, eta):
         assert math.isclose(var, model.STD**2, rel_tol=0.04)
 
 
-def test_ancestral_sampling_is_algorithm_2():
-    """eta 1, all steps: Ho et al. 2020, written out in betas, with the same noise."""
-    model = tiny_ddpm(steps=40)
-    images = ddpm.sample(model, ["a cat", "a hot dog"], 99, guidance=1.0, eta=1.0, seed=5)
-    noise, a = torch.Generator().manual_seed(5), model.alpha_bar
-    tokens = model.prompt.tokens(["a cat", "a hot dog"])
-    x = torch.randn(2, 1, 8, 8, generator=noise)
-    for t in range(40, 0, -1):
-        alpha = a[t] / a[t - 1]
-        with torch.no_grad():
-            x0 = model(x, torch.full((2,), t), tokens).clamp(-1, 1)
-        x = (math.sqrt(a[t - 1]) * (1 - alpha) / (1 - a[t]) * x0
-             + math.sqrt(alpha) * (1 - a[t - 1]) / (1 - a[t]) * x)                   # equation 7
-        if t > 1:
-            variance = (1 - a[t - 1]) / (1 - a[t]) * (1 - alpha)
-            x = x + math.sqrt(variance) * torch.randn(x.shape, generator=noise)
-    assert torch.allclose(images, (x / 2 + 0.5).clamp(0, 1), atol=1e-4)
-
-
 def test_guidance():
     model, x, t = tiny_ddpm(), torch.randn(2, 1, 8, 8), torch.tensor([300, 700])
     tokens = model.prompt.tokens(["a hot dog", "a cat"])
@@ -3077,8 +3055,6 @@ def test_samples_of_ddpm():
     assert torch.allclose(three[:1], ddpm.sample(model, ["a cat"], 5, seed=1), atol=1e-5)
     assert not torch.equal(ddpm.sample(model, [""], 5), ddpm.sample(model, [""], 5))
     assert ddpm.sample(model, [""]).isfinite().all()  # 25 steps, by default, of 20
-    assert tiny_ddpm(size=12)(torch.rand(1, 1, 12, 12), torch.tensor([3]),
-                              torch.zeros(1, 1, dtype=torch.long)).shape == (1, 1, 12, 12)
     inside = [len(tiny_ddpm(size=size).map[0]) for size in (28, 32, 60, 64, 128, 132)]
     assert inside == [14, 16, 30, 16, 16, 66]
 
@@ -3088,8 +3064,8 @@ def test_words_and_their_order():
     tokens = model.prompt.tokens(["hot dog", "dog hot", "dog", "", "A dog"])
     with torch.no_grad():
         e, alone = model.prompt(tokens), model.prompt(model.prompt.tokens(["dog"]))
-    assert (e[0] - e[1]).norm() > 0.1 and (e[0] - e[2]).norm() > 0.1
-    assert torch.allclose(e[2:3], alone) and not e[3].any()
+    assert min((e[0] - e[1]).norm(), (e[0] - e[2]).norm()) > 0.1 and not e[3].any()
+    assert torch.allclose(e[2:3], alone)
     assert torch.isfinite(model.prompt(model.prompt.tokens(["a " * 40]))).all()
     with pytest.raises(ddpm.UserError, match="'zebra'; known: a black cat"):
         ddpm.sample(model, ["a zebra"], 2)
@@ -3097,7 +3073,8 @@ def test_words_and_their_order():
 
 def test_captions():
     said = "an eight", "a one", "an ankle boot", "a t-shirt", "a great dane"
-    assert all(ddpm.captions(one.split(maxsplit=1)[1]) == 12 * [one] for one in said)
+    assert all(ddpm.captions(one.split(maxsplit=1)[1].replace(" ", "_")) == 12 * [one]
+               for one in said)
     for name in ddpm.FACES:
         whole, *parts = dict.fromkeys(ddpm.captions(name))
         assert whole == "a " + name and ddpm.captions(name).count(whole) == 9 and len(parts) == 3
@@ -3105,20 +3082,27 @@ def test_captions():
             assert set(part.split()) <= set(whole.split())
 
 
-def test_a_batch_of_ddpm():
+def test_a_batch_of_ddpm(monkeypatch):
     """t covers 1 to T evenly, a tenth of the captions are dropped, pictures are in [-1, 1]."""
     config = ddpm.Config(diffusion_steps=8, batch_size=4000)
     images, labels = torch.randint(256, (4000, 1, 2, 2), dtype=torch.uint8), torch.arange(4000) % 2
-    captions = torch.tensor([[[5, 6]], [[0, 7]]])
-    torch.manual_seed(0)
-    x0, t, eps, tokens = ddpm.draw_batch(config, 0, images, labels, captions)
+    captions = torch.tensor([[[5, 6], [8, 6]], [[0, 7], [0, 9]]])
+    batches = []
+    for rank, ranks in ((1, 2), (0, 1)):
+        torch.manual_seed(0)
+        monkeypatch.setattr(ddpm, "RANK", rank)
+        monkeypatch.setattr(ddpm, "RANKS", ranks)
+        batches.append(ddpm.draw_batch(config, 1, images, labels, captions))
+    x0, t, eps, tokens = batches[1]
+    assert all(torch.equal(half, whole[1::2]) for half, whole in zip(*batches, strict=True))
     assert t.bincount(minlength=9).tolist() == [0] + 8 * [500]
-    rows = ddpm.batch_rows(config, 0, 4000, torch.device("cpu"))
+    rows = ddpm.batch_rows(config, 1, 4000, torch.device("cpu"))
     assert torch.allclose(x0, images[rows] / 127.5 - 1) and x0.min() == -1 and x0.max() == 1
     assert abs(eps.std() - 1) < 0.03 and abs(eps.mean()) < 0.03
     dropped = ~tokens.any(1)
     assert abs(dropped.float().mean() - 0.1) < 0.02
-    assert torch.equal(tokens[~dropped], captions[labels[rows], 0][~dropped])
+    assert set(map(tuple, tokens.tolist())) == {(0, 0), (5, 6), (8, 6), (0, 7), (0, 9)}
+    assert torch.equal(tokens[~dropped, 1] % 2, labels[rows][~dropped])
 
 
 def test_objective_weighs_by_the_noise():
@@ -3149,14 +3133,16 @@ def test_the_256_levels_of_the_last_step_add_up_to_one(mean, sigma):
     assert p[100].item() == pytest.approx(by_hand.item(), abs=1e-6)
 
 
-def test_bits_of_a_perfect_denoiser_are_the_closed_form():
-    """Its estimate is exact, so p's mean uses nothing of x_t (its error is set to 0)."""
+@pytest.mark.parametrize("T", [1000, 300])
+def test_bits_of_a_perfect_denoiser_are_the_closed_form(T):
+    """Its error is set to 0, so that p uses nothing else of x_t; T = 300 leaves a KL at T."""
     model = tiny_ddpm(TrueDenoiser, size=16)
     model.error.fill_(1e-12)
+    model.alpha_bar = model.alpha_bar[:T + 1]
     x = (model.MEAN + model.STD * torch.randn(16, 1, 16, 16)).clamp(-1, 1)
     images, a = ((x / 2 + 0.5) * 255).round() / 255, model.alpha_bar
     nats = 0.5 * (a[-1] * (model.STD**2 + model.MEAN**2) - a[-1] - math.log1p(-a[-1]))
-    for t in range(1, 1001):  # left: the variance of x_0, once x_t is known
+    for t in range(1, T + 1):  # left: the variance of x_0, once x_t is known
         left, beta = 1 / (1 / model.STD**2 + a[t] / (1 - a[t])), 1 - a[t] / a[t - 1]
         if t > 1:
             sigma2 = (1 - a[t - 1]) / (1 - a[t]) * beta
@@ -3171,27 +3157,22 @@ def test_bits_of_a_perfect_denoiser_are_the_closed_form():
     assert bits.shape == (16,) and math.isclose(bits.mean(), nats / math.log(2), rel_tol=0.02)
 
 
-class Blurred(TrueDenoiser):
-    """A network that knows nothing but the mean."""
-
-    def forward(self, x, t, tokens):
-        return torch.full_like(x, self.MEAN)
-
-
 def test_the_bound_uses_what_x_t_shows():
-    """Even so, x_t tells p x_0: two Gaussians, weighted by 1 / error, are the best estimate."""
+    """Where the network knows nothing but the mean, x_t weighted by 1 / error still tells x_0."""
+    class Blurred(TrueDenoiser):
+        def forward(self, x, t, tokens):
+            assert not tokens.any()
+            return torch.full_like(x, self.MEAN)
+
     model, perfect = tiny_ddpm(Blurred, size=16), tiny_ddpm(TrueDenoiser, size=16)
     model.error.fill_(model.STD**2)
     perfect.error.fill_(1e-12)
     images = (model.MEAN + model.STD * torch.randn(8, 1, 16, 16)).clamp(-1, 1) / 2 + 0.5
-    images = (images * 255).round() / 255
-    bits = [ddpm.bits_per_dim(m, images).mean().item() for m in (model, perfect)]
-    assert bits[0] == pytest.approx(bits[1], rel=0.01)
+    bits = [ddpm.bits_per_dim(m, (images * 255).round() / 255).mean() for m in (model, perfect)]
+    assert bits[0].item() == pytest.approx(bits[1].item(), rel=0.01)
 
 
 # ---- as its users run it
-
-
 def ddpm_words(out, **settings):
     settings = {"faces": 64, "steps": 45, "width": 8, "blocks": 1, "batch_size": 6, "samples": 20,
                 "diffusion_steps": 20, "sampling_steps": 4} | settings
@@ -3221,7 +3202,11 @@ def test_what_a_ddpm_run_leaves(painted):
     model = ddpm.load(painted / "checkpoint.pt")
     weight, last = model.down.conv1.weight, state["model"]["down.conv1.weight"]
     assert not model.training and torch.equal(weight, state["average"]["down.conv1.weight"])
-    assert not torch.equal(weight, last) and torch.allclose(weight, last, atol=0.1)
+    assert not torch.equal(weight, last) and torch.equal(model.error, state["model"]["error"])
+    test = ddpm.draw_faces(200, 2)[0]
+    assert ddpm.judge(model, test)["bits_per_dim"] == pytest.approx(
+        float(rows[-1]["test_bits_per_dim"]), abs=2e-5)
+    assert ddpm.schedule(0) == 0
     prompts = [ddpm.captions(name)[0] for name in ddpm.FACES[:2]]
     images = ddpm.sample(model, prompts, 3, guidance=2.0, seed=1)
     assert images.shape == (2, 3, 32, 32) and ddpm.bits_per_dim(model, images).shape == (2,)
@@ -3235,20 +3220,20 @@ def test_a_finished_ddpm_draws_what_is_asked_for(painted, tmp_path, monkeypatch,
     monkeypatch.setattr(ddpm, "load_images", None)
     assert ddpm.main(["--out", str(out), "--prompt", "a sad face, a face with glasses",
                       "--guidance", "0", "--device", "cpu"]) == 0
-    assert (out / "samples.png").read_bytes() != before
+    model, prompts = ddpm.load(out / "checkpoint.pt"), ["a sad face", "a face with glasses"] * 10
+    sheet = ddpm.grid(ddpm.sample(model, prompts, 4, guidance=0.0, seed=0), 10)
+    assert (out / "samples.png").read_bytes() == ddpm.png(sheet) != before
     for name in ("forward.png", "neighbours.png", "metrics.csv", "checkpoint.pt"):
         assert (out / name).read_bytes() == (painted / name).read_bytes()
-    for words, needle in (
-            (["--prompt", "a zebra"], "'zebra'"), (["--width", "16"], "--width 8"),
-            (["--guidance", "-1"], "--guidance"), (["--sampling-steps", "0"], "--sampling-steps"),
-            (["--unseen", "x"], "--unseen"), (["--data", "mnist"], "--data faces")):
-        refused(capsys, ["--out", out, *words], needle, script=ddpm)
     monkeypatch.undo()
-    for words, needle in (
-            (["--prompt", "an aple"], "known: a and"), (["--unseen", "x"], "takes some"),
-            (["--unseen", ", ".join(ddpm.FACES)], "takes some"),
-            (["--image-size", "30"], "multiple of 4")):
-        refused(capsys, [*ddpm_words(tmp_path / "new"), *words], needle, script=ddpm)
+    for word, value, needle in (
+            ("--width", "16", "--width 8"), ("--guidance", "-1", "--guidance"),
+            ("--sampling-steps", "0", "--sampling-steps"), ("--data", "mnist", "--data faces")):
+        refused(capsys, ["--out", out, word, value], needle, script=ddpm)
+    for word, value, needle in (
+            ("--prompt", "a zebra crossing", "'zebra'; known: a and"), ("--unseen", "x", "takes some"),
+            ("--unseen", ", ".join(ddpm.FACES), "not all"), ("--image-size", "30", "of 4")):
+        refused(capsys, [*ddpm_words(tmp_path / "new"), word, value], needle, script=ddpm)
 
 
 def test_prompts_and_guidance_of_the_sheet(tmp_path, monkeypatch):
@@ -3260,9 +3245,7 @@ def test_prompts_and_guidance_of_the_sheet(tmp_path, monkeypatch):
     ((prompts, guidance),) = asked
     assert guidance == [0.0] * 10 + [1.5] * 10 + [3.0] * 5
     assert prompts == (["a cat", "a hot dog"] * 13)[:25]
-    config = ddpm.Config(unseen="cat")
-    assert ddpm.choose_prompts(config, model, 2) == ["a cat", "a cat"]
-    assert len(set(ddpm.choose_prompts(ddpm.Config(), model, 3))) == 3
+    assert ddpm.choose_prompts(ddpm.Config(unseen="cat"), model, 2) == ["a cat", "a hot dog"]
 
 
 def test_sheets_of_ddpm(tmp_path, monkeypatch):
@@ -3287,8 +3270,12 @@ def test_unseen_kinds_and_class_names(idx, tmp_path, monkeypatch):
     """They are no training pictures, and can be asked for all the same."""
     config = ddpm.Config(data="mnist", data_dir=str(idx), unseen="three, one")
     model = tiny_ddpm()
+    with pytest.raises(ddpm.UserError, match="began with other kinds"):
+        ddpm.prepare(config, model)
+    model.prompt.names = []
     data, tokens = ddpm.prepare(config, model)
-    assert len(data.train) and not set(data.train_labels.tolist()) & {1, 3}
+    assert len(data.train) == len(data.train_labels) > 0
+    assert not set(data.train_labels.tolist()) & {1, 3}
     assert set(data.test_labels.tolist()) & {1, 3} and tokens.shape == (10, 12, 2)
     assert model.prompt.tokens(["a seven"]).tolist() == tokens[7, :1].tolist()
     assert ddpm.main([*ddpm_words(tmp_path, steps=2, data="mnist", prompt="a three"),
@@ -3297,12 +3284,17 @@ def test_unseen_kinds_and_class_names(idx, tmp_path, monkeypatch):
 
 
 def test_ddpm_on_photographs(tmp_path):
-    write_photographs(tmp_path / "pets" / "great dane")
+    write_photographs(tmp_path / "pets" / "Great Dane")
     write_photographs(tmp_path / "pets" / "cat")
-    words = ddpm_words(tmp_path / "out", steps=2, data=tmp_path / "pets", image_size=64)
+    words = ddpm_words(tmp_path / "out", steps=1, data=tmp_path / "pets", image_size=64)
     assert ddpm.main([*words, "--prompt", "a great dane"]) == 0
     model = ddpm.load(tmp_path / "out" / "checkpoint.pt")
     assert ddpm.sample(model, ["a cat"], 2).shape == (1, 3, 64, 64)
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    torch.manual_seed(0)  # after one step, the average is a tenth of the first weights
+    begun = ddpm.new_model(ddpm.Config(**state["config"])).state_dict()["unfold1.5.weight"]
+    first, last = (state[part]["unfold1.5.weight"] for part in ("average", "model"))
+    assert torch.allclose(first, 0.1 * begun + 0.9 * last, atol=1e-5)
 
 
 def test_ddpm_killed_and_continued(job, painted):
