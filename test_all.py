@@ -3042,6 +3042,7 @@ def test_guidance():
         for g, expected in ((0, without), (1, with_prompt), (3, 3 * with_prompt - 2 * without)):
             guided = ddpm.guided(model, x, t, tokens, torch.tensor([g, g]))
             assert torch.allclose(guided, expected, atol=1e-4)
+        assert not torch.allclose(model(x, t.flip(0), tokens), with_prompt, atol=1e-3)
     assert (with_prompt - without).abs().amax((1, 2, 3)).min() > 1e-3
 
 
@@ -3061,7 +3062,7 @@ def test_words_and_their_order():
     with torch.no_grad():
         e, alone = model.prompt(tokens), model.prompt(model.prompt.tokens(["dog"]))
     assert min((e[0] - e[1]).norm(), (e[0] - e[2]).norm()) > 0.1 and not e[3].any()
-    assert torch.allclose(e[2:3], alone)
+    assert torch.allclose(e[2:3], alone) and model.prompt.tokens(["a"]).all()
     assert torch.isfinite(model.prompt(model.prompt.tokens(["a " * 40]))).all()
     with pytest.raises(ddpm.UserError, match="'zebra'; known: a black cat"):
         ddpm.sample(model, ["a zebra"], 2)
@@ -3119,9 +3120,6 @@ def test_the_256_levels_of_the_last_step_add_up_to_one(mean, sigma):
     x0 = torch.arange(256) / 127.5 - 1
     p = ddpm.log_decoder(x0, torch.full_like(x0, mean), sigma).exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    inside = torch.distributions.Normal(mean, sigma)
-    by_hand = inside.cdf(x0[100] + 1 / 255) - inside.cdf(x0[100] - 1 / 255)
-    assert p[100].item() == pytest.approx(by_hand.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("T", [1000, 300])
@@ -3208,9 +3206,9 @@ def test_a_finished_ddpm_draws_what_is_asked_for(painted, tmp_path, monkeypatch,
     out = copy_of(painted, tmp_path)
     before = (out / "samples.png").read_bytes()
     monkeypatch.setattr(ddpm, "load_images", None)
-    assert ddpm.main(["--out", str(out), "--prompt", "a sad face, a face with glasses",
-                      "--guidance", "2", "--device", "cpu"]) == 0
-    model, prompts = ddpm.load(out / "checkpoint.pt"), ["a sad face", "a face with glasses"] * 10
+    model = ddpm.train(ddpm.command_line(["--out", str(out), "--prompt", "a sad face, a face with "
+                                          "glasses", "--guidance", "2", "--device", "cpu"]))
+    prompts = ["a sad face", "a face with glasses"] * 10
     guidance = torch.tensor([0.0] * 10 + [2.0] * 10)  # it rises from row to row
     sheet = ddpm.grid(ddpm.sample(model, prompts, 4, guidance, seed=0), 10)
     assert (out / "samples.png").read_bytes() == ddpm.png(sheet) != before
@@ -3246,7 +3244,6 @@ def test_sheets_of_ddpm(tmp_path, monkeypatch):
 
 
 def test_unseen_kinds_and_class_names(idx, tmp_path, monkeypatch):
-    """They are no training pictures, and can be asked for all the same."""
     config = ddpm.Config(data="mnist", data_dir=str(idx), unseen="three, one")
     model = tiny_ddpm()
     with pytest.raises(ddpm.UserError, match="began with other kinds"):
@@ -3257,9 +3254,15 @@ def test_unseen_kinds_and_class_names(idx, tmp_path, monkeypatch):
     assert not set(data.train_labels.tolist()) & {1, 3}
     assert set(data.test_labels.tolist()) & {1, 3} and tokens.shape == (10, 12, 2)
     assert model.prompt.tokens(["a seven"]).tolist() == tokens[7, :1].tolist()
+    seen, real = [], ddpm.objective
+    monkeypatch.setattr(ddpm, "objective", lambda *a: seen.append(a) or real(*a))
     assert ddpm.main([*ddpm_words(tmp_path, steps=2, data="mnist", prompt="a three"),
                       "--data-dir", str(idx), "--image-size", "32"]) == 0
     assert ddpm.load(tmp_path / "checkpoint.pt").shape == (1, 32, 32)
+    assert not torch.equal(seen[0][3], seen[1][3])  # each step has its own chance
+    config.image_size = 32
+    train = ddpm.load_images(config).train / 127.5 - 1
+    assert torch.cdist(seen[0][2].flatten(1), train.flatten(1)).amin(1).max() < 0.1
 
 
 def test_ddpm_on_photographs(tmp_path):
@@ -3277,7 +3280,6 @@ def test_ddpm_on_photographs(tmp_path):
 
 
 def test_ddpm_killed_and_continued(job, painted):
-    """SIGKILL in mid-run; the same command ends where the run that was not killed did."""
     killed, done, out = job
     assert killed.returncode == -signal.SIGKILL and done.returncode == 0, done.stderr
     states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (out, painted)]
@@ -3288,7 +3290,6 @@ def test_ddpm_killed_and_continued(job, painted):
 
 
 def test_two_ranks_of_ddpm_end_where_one_process_does(job, tmp_path):
-    """And a run of two ranks that was killed after 20 steps goes on."""
     killed, done, out = job
     assert ddpm.main(ddpm_words(tmp_path, steps=30)) == 0
     assert killed.returncode != 0 and done.returncode == 0, done.stderr
