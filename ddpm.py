@@ -61,7 +61,7 @@ def setting(default, help, *choices):
 class Config:
     """Every setting; the command line is made from it. Helpers are at the end of the file."""
     data: str = setting("faces", "faces (drawn here), mnist, fashion, cifar10, a folder of photos")
-    prompt: str = setting("", "what to draw; several, comma-separated; if empty, some of each kind")
+    prompt: str = setting("", "what to draw; several, comma-separated; if empty, some kinds")
     guidance: float = setting(3.0, "0 ignores the prompt, 1 is as trained, more follows it closer")
     sampling_steps: int = setting(25, "steps from static to picture")
     eta: float = setting(0.0, "fresh noise in each step: 0 none (DDIM), 1 as in Ho et al.")
@@ -207,7 +207,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E))
         self.fold1 = nn.Sequential(nn.PixelUnshuffle(fold),
                                    nn.Conv2d(fold**2 * channels, width, kernel_size=3, padding=1))
-        self.map = nn.Parameter(torch.zeros(width, size // fold, size // fold))  # for each place
+        self.map = nn.Parameter(torch.zeros(width, size // fold, size // fold))  # learned
         self.down = Residual(width, width, E)
         self.fold2 = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, 3 * width, 1))
         self.middle = nn.ModuleList(Residual(3 * width, 3 * width, E) for _ in range(blocks))
@@ -276,7 +276,7 @@ def train(config):
     device = join_ranks(config.device)
     gpu = device.type == "cuda"
     torch.manual_seed(config.seed)
-    model = new_model(config).to(device)
+    model = new_unet(config).to(device)
     average = copy.deepcopy(model)  # of the weights over some hundred steps: better than the last
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=device.type != "mps")
     run = RankedRun(config, model=model, average=average, optimizer=optimizer)
@@ -516,14 +516,14 @@ def draw_neighbours(run, model, train):
     run.write("neighbours.png", png(grid(torch.cat([x for row in rows for x in row]), 10)))
 
 
-def new_model(config):
+def new_unet(config):
     return UNet(*image_shape(config), config.width, config.blocks, config.diffusion_steps)
 
 
 def load(path, device="cpu"):
     """The averaged UNet of a checkpoint, in eval mode. UserError if it is none of ddpm.py's."""
     state = read_checkpoint(path)
-    model = new_model(Config(**state["config"]))
+    model = new_unet(Config(**state["config"]))
     model.load_state_dict(state["average"])
     return model.to(device).eval()
 

@@ -159,7 +159,7 @@ def test_same_name_same_text():
         start = text[:text.index("# ==== Utilities")].count("\n")
         for node in ast.parse(text).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno > start:
-                own = {"draw_samples", "new_model", "load"}  # a file's own sheets and loading
+                own = {"draw_samples", "load"}  # a file's own sheets and loading
                 if node.name not in own:
                     segment = ast.get_source_segment(text, node)
                     assert seen.setdefault(node.name, segment) == segment, (script, node.name)
@@ -3274,7 +3274,7 @@ def test_ddpm_on_photographs(tmp_path):
     assert ddpm.sample(model, ["a cat"], 2).shape == (1, 3, 64, 64)
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     torch.manual_seed(0)  # after one step, the average is a tenth of the first weights
-    begun = ddpm.new_model(ddpm.Config(**state["config"])).state_dict()["unfold1.5.weight"]
+    begun = ddpm.new_unet(ddpm.Config(**state["config"])).state_dict()["unfold1.5.weight"]
     first, last = (state[part]["unfold1.5.weight"] for part in ("average", "model"))
     assert torch.allclose(first, 0.1 * begun + 0.9 * last, atol=1e-5)
 
