@@ -65,10 +65,10 @@ class Config:
     width: int = setting(16, "channels at full and half resolution; twice as many at each coarser")
     image_size: int = setting(0, "height and width, a multiple of 4; 0: 28 if grey, else 32")
     faces: int = setting(0, "faces to draw; 0: 40,000 at 32x32, fewer at larger sizes")
-    r1: float = setting(3.0, "weight of the R1 penalty (chapter 5); raise it if training collapses")
+    r1: float = setting(1.0, "weight of the R1 penalty (chapter 5); raise it if training collapses")
     batch_size: int = setting(16, "real pictures per step, and as many fakes")
     learning_rate: float = setting(2e-3, "of both networks; lower it if training diverges")
-    steps: int = setting(4000, "steps in total, each an update of both networks")
+    steps: int = setting(3600, "steps in total, each an update of both networks")
     truncation: float = setting(1.0, "below 1: samples closer to the average, of stylegan")
     samples: int = setting(100, "pictures in samples.png")
     export: int = setting(0, "write so many samples to export/, too, a PNG file each")
@@ -161,14 +161,14 @@ class DCGAN(nn.Module):
 
 class StyledConv(nn.Module):
     """A convolution whose input channels w scales: (B, inside, H, W), (B, L) -> (B, outside, H, W).
-    StyleGAN2 scales the weights W, for each picture; scaling the input is cheaper and comes to the
-    same: conv(s x, W) = conv(x, s W). Demodulation divides each output channel by the norm of its
-    scaled weights: inputs of variance 1, if independent, give outputs of variance 1 (section 2.2,
-    equation 3)."""
+    StyleGAN2 scales the weights W, for each picture; to scale the input is cheaper and the same:
+    conv(s x, W) = conv(x, s W). Demodulation divides each output by the norm of its scaled weights:
+    independent inputs of variance 1 give outputs of variance 1 (section 2.2, equation 3)."""
 
-    def __init__(self, inside, outside, latent_dim):
+    def __init__(self, inside, outside, latent_dim, size=3):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outside, inside, 3, 3) / math.sqrt(9 * inside))
+        weight = torch.randn(outside, inside, size, size) / math.sqrt(inside * size**2)
+        self.weight, self.padding = nn.Parameter(weight), size // 2
         self.bias = nn.Parameter(torch.zeros(outside))
         self.style = nn.Linear(latent_dim, inside)
         nn.init.normal_(self.style.weight, std=1 / math.sqrt(latent_dim))
@@ -176,7 +176,7 @@ class StyledConv(nn.Module):
 
     def forward(self, x, w, demodulate=True):
         s = self.style(w)                                                          # (B, inside)
-        x = F.conv2d(x * s[:, :, None, None], self.weight, padding=1)
+        x = F.conv2d(x * s[:, :, None, None], self.weight, padding=self.padding)
         if demodulate:
             square = s.square() @ self.weight.square().sum((2, 3)).T               # (B, outside)
             x = x * (square + 1e-8).rsqrt()[:, :, None, None]
@@ -200,7 +200,7 @@ class StyleGAN(nn.Module):
             for inside in before, after:
                 self.convs.append(StyledConv(inside, after, latent_dim))
             before = after
-        self.to_rgb = StyledConv(before, channels, latent_dim)
+        self.to_rgb = StyledConv(before, channels, latent_dim, size=1)
         self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")
 
     def styles(self, z):
@@ -245,9 +245,8 @@ class Discriminator(nn.Module):
         super().__init__()
         layers, before = [], channels
         for _, after in levels(size, width)[-2::-1]:
-            # 2x2 pixels are folded into channels (space to depth): this loses nothing.
-            layers += [nn.PixelUnshuffle(2),
-                       nn.Conv2d(4 * before, after, kernel_size=1), nn.LeakyReLU(0.2),
+            layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1),  # halves it
+                       nn.LeakyReLU(0.2),
                        nn.Conv2d(after, after, kernel_size=3, padding=1), nn.LeakyReLU(0.2)]
             before = after
         self.body = nn.Sequential(*layers)
@@ -262,9 +261,8 @@ class Discriminator(nn.Module):
         # deviation of their features (Karras et al. 2017, arXiv:1710.10196, section 3).
         group = math.gcd(len(x), 4)
         spread = x.unflatten(0, (-1, group)).var(1, correction=0)                # (B / 4, 64, 4, 4)
-        spread = (spread + 1e-8).sqrt().mean((1, 2, 3)).repeat_interleave(group)           # (B,)
-        spread = spread[:, None, None, None].expand_as(x[:, :1])                    # (B, 1, 4, 4)
-        return self.head(torch.cat([x, spread], dim=1)).flatten()
+        spread = (spread + 1e-8).sqrt().mean((1, 2, 3), True).repeat_interleave(group, dim=0)
+        return self.head(torch.cat([x, spread.expand_as(x[:, :1])], dim=1)).flatten()
 
 
 # ==== 5. Objective ================================================================================
@@ -480,8 +478,9 @@ def report(run, model):
 def new_networks(config):
     """Generator, discriminator, and what becomes the average of the generator."""
     shape, kind = image_shape(config), DCGAN if config.generator == "dcgan" else StyleGAN
-    G = kind(*shape, config.width, config.latent_dim)
-    return G, Discriminator(*shape, config.width), copy.deepcopy(G).eval()
+    G = kind(*shape, config.width, config.latent_dim).to(memory_format=torch.channels_last)
+    D = Discriminator(*shape, config.width).to(memory_format=torch.channels_last)  # this is faster
+    return G, D, copy.deepcopy(G).eval()
 
 
 def load(path, device="cpu"):

@@ -2682,7 +2682,9 @@ def test_r1_of_a_known_gradient():
 @pytest.mark.parametrize("kind", ["dcgan", "stylegan"])
 def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
     """In turns, D first; each update moves its own network, by the gradient of its own loss."""
-    networks, seen, real_step, real_new = {}, [], torch.optim.Adam.step, gan.new_networks
+    networks, seen, losses, penalties = {}, [], [], []
+    real_step, real_new = torch.optim.Adam.step, gan.new_networks
+    real_loss, real_penalty = gan.pair_loss, gan.r1_penalty
 
     def new_networks(config):
         networks["G"], networks["D"], average = real_new(config)
@@ -2695,38 +2697,62 @@ def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
     def step(optimizer):
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         name, = (n for n in networks if own == {id(p) for p in networks[n].parameters()})
-        before = {n: state(n, "data") for n in networks}
-        gradient = state("D", "grad")
+        before, gradient = {n: state(n, "data") for n in networks}, state("D", "grad")
         result = real_step(optimizer)
         moved = [n for n in networks if not all(map(torch.equal, before[n], state(n, "data")))]
-        seen.append((name, moved, gradient, state("G", "grad")))
+        rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
+        seen.append((name, moved, gradient, state("G", "grad"), rates))
         assert all(group["betas"][0] == 0 for group in optimizer.param_groups)
         return result
 
+    def loss(first, second):
+        losses.append((first.requires_grad, second.requires_grad))
+        return real_loss(first, second)
+
+    def penalty(D, real):  # real pictures are bytes, scaled
+        pixels = (real + 1) * 127.5
+        assert (pixels - pixels.round()).abs().max() < 1e-3
+        assert pixels.min() < 60 < 190 < pixels.max()
+        value = real_penalty(D, real)
+        value.register_hook(lambda gradient: penalties.append(gradient.item()))
+        return value
+
     monkeypatch.setattr(gan, "new_networks", new_networks)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(gan, "pair_loss", loss)
+    monkeypatch.setattr(gan, "r1_penalty", penalty)
     monkeypatch.setattr(gan, "judge", lambda *a: {"variety": 1.0})
-    assert gan.main(gan_words(tmp_path, generator=kind, steps=3)) == 0
-    assert [name for name, *_ in seen] == ["D", "G"] * 3
+    assert gan.main(gan_words(tmp_path, generator=kind, steps=9, r1=0.5)) == 0
+    assert [name for name, *_ in seen] == ["D", "G"] * 9
     assert all(moved == [name] for name, moved, *_ in seen)
     for first, second in zip(seen[::2], seen[1::2], strict=True):
         assert all(map(torch.equal, first[2], second[2]))  # G's update leaves no gradient in D
     assert all(not x.any() for x in seen[0][3])  # and D's none in G: fakes are detached
+    assert losses == [(True, True), (True, False)] * 9  # G wants its fakes to come first
+    assert penalties == [4.0] * 2  # R1 counts eightfold, in each eighth step
+    (peak, *slow), (last, *_) = seen[1][4], seen[-1][4]
+    assert math.isclose(peak, 2e-3) and last < peak / 10
+    assert all(math.isclose(rate, peak / 10) for rate in slow) and bool(slow) == (kind != "dcgan")
 
 
-def test_gradient_of_the_discriminator(tmp_path, monkeypatch):
-    """R1 counts eightfold in each eighth step, and not at all in the others."""
-    factors, penalty = [], gan.r1_penalty
-
-    def spy(D, real):
-        value = penalty(D, real)
-        value.register_hook(lambda gradient: factors.append(gradient.item()))
-        return value
-
-    monkeypatch.setattr(gan, "r1_penalty", spy)
-    monkeypatch.setattr(gan, "judge", lambda *a: {"variety": 1.0})
-    assert gan.main(gan_words(tmp_path, generator="dcgan", steps=17, r1=0.5)) == 0
-    assert factors == [4.0] * 3
+def test_discriminator_learns_which_is_real(monkeypatch):
+    """Its loss falls if the real picture of each pair gets the larger logit."""
+    D, spread = gan.Discriminator(1, 16, 8), []
+    D.head.register_forward_pre_hook(lambda module, inputs: spread.append(inputs[0][:, -1]))
+    x = torch.rand(8, 1, 16, 16)
+    features = D.body(x)
+    D(x)
+    for i in (0, 4):  # it sees how much the pictures of each group of four differ
+        expected = (features[i:i + 4].var(0, correction=0) + 1e-8).sqrt().mean()
+        torch.testing.assert_close(spread[0][i:i + 4], expected.expand(4, 4, 4))
+    D(x[:3])
+    assert spread[1].max() < 1e-3
+    optimizer = gan.adam(D)
+    for _ in range(30):
+        optimizer.zero_grad()
+        gan.pair_loss(D(x), D(-x)).backward()
+        optimizer.step()
+    assert (D(x) > D(-x)).all()
 
 
 def test_modulation_is_scaled_weights():
