@@ -6,7 +6,7 @@
 """Generative adversarial networks: a forger and a detective who teach each other.
 
     z ~ N(0, I) --> generator G --> fake picture --+
-                                                   +--> discriminator D --> which one is real?
+                                                   +--> discriminator D --> real or fake?
               a picture of the data set: real -----+
 
 The generator is a forger: it turns random numbers z into a picture. The discriminator is a
@@ -65,10 +65,10 @@ class Config:
     width: int = setting(16, "channels at full and half resolution; twice as many at each coarser")
     image_size: int = setting(0, "height and width, a multiple of 4; 0: 28 if grey, else 32")
     faces: int = setting(0, "faces to draw; 0: 40,000 at 32x32, fewer at larger sizes")
-    r1: float = setting(1.0, "weight of the R1 penalty (chapter 5); raise it if training collapses")
+    r1: float = setting(2.0, "weight of the R1 penalty (chapter 5); raise it if training collapses")
     batch_size: int = setting(16, "real pictures per step, and as many fakes")
     learning_rate: float = setting(2e-3, "of both networks; lower it if training diverges")
-    steps: int = setting(3600, "steps in total, each an update of both networks")
+    steps: int = setting(3000, "steps in total, each an update of both networks")
     truncation: float = setting(1.0, "below 1: samples closer to the average, of stylegan")
     samples: int = setting(100, "pictures in samples.png")
     export: int = setting(0, "write so many samples to export/, too, a PNG file each")
@@ -245,8 +245,7 @@ class Discriminator(nn.Module):
         super().__init__()
         layers, before = [], channels
         for _, after in levels(size, width)[-2::-1]:
-            layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1),  # halves it
-                       nn.LeakyReLU(0.2),
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
                        nn.Conv2d(after, after, kernel_size=3, padding=1), nn.LeakyReLU(0.2)]
             before = after
         self.body = nn.Sequential(*layers)
@@ -266,21 +265,22 @@ class Discriminator(nn.Module):
 
 
 # ==== 5. Objective ================================================================================
-# Let D(x) be the probability, in D's opinion, that x is real. D wants log D(x) + log(1 - D(G(z)))
-# to be high, G wants it to be low: the minimax game of Goodfellow et al. 2014 (equation 1). But
-# where D is sure of a fake, D(G(z)) near 0, the gradient of log(1 - D(G(z))) by D's logit is near
-# 0: G learns nothing when it is worst. It does better to raise log D(G(z)), whose gradient is near
-# 1 there (section 3 of the paper). Such a loss is called non-saturating.
-#
-# Here D compares a real picture with a fake: which one is real? Its answer has the difference of
-# two logits as its logit (Jolicoeur-Martineau 2018, arXiv:1807.00734). G wants the wrong answer, so
-# its loss is the same with the two exchanged, and does not saturate either.
+# Let D(x) be the probability, in D's opinion, that x is real: the sigmoid of its logit. D wants
+# log D(x) + log(1 - D(G(z))) to be high, G wants it to be low: the minimax game of Goodfellow et
+# al. 2014 (equation 1). Here -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
-def pair_loss(first, second):
-    """-log of the probability, in D's opinion, that the first of each pair is real: logits (B,) and
-    (B,) -> the mean, in nats. -log sigmoid(a) = softplus(-a); log 2 = 0.69 is a coin flip."""
-    return F.softplus(second - first).mean()
+def discriminator_loss(real, fake):
+    """Cross-entropy: logits of real pictures and of fakes, (B,) each -> the mean, in nats. It is
+    2 log 2 = 1.39 if D flips a coin."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(fake):
+    """-log D(G(z)), logits (B,) -> the mean, in nats, instead of log(1 - D(G(z))): where D is sure
+    of a fake, the gradient of that by the logit is near 0, and G would learn nothing when it is
+    worst. The gradient of this one is near -1: it does not saturate (section 3 of the paper)."""
+    return F.softplus(-fake).mean()
 
 
 def r1_penalty(discriminator, real):
@@ -336,7 +336,7 @@ def train(config):
             fake = G(torch.randn(len(real), G.latent_dim, device=device))
             # Discriminator: loss, gradient (detach: none for G), clipped, and update
             D.requires_grad_(True)
-            loss_D = pair_loss(D(real), D(fake.detach()))
+            loss_D = discriminator_loss(D(real), D(fake.detach()))
             penalty = 8 * config.r1 * r1_penalty(D, real) if step % 8 == 0 else 0
             adam_D.zero_grad()
             (loss_D + penalty).backward()
@@ -344,7 +344,7 @@ def train(config):
             adam_D.step()
             # Generator: loss, gradient (through D, but none for D), clipped, and update
             D.requires_grad_(False)
-            loss_G = pair_loss(D(fake), D(real))
+            loss_G = generator_loss(D(fake))
             adam_G.zero_grad()
             loss_G.backward()
             norm_G = nn.utils.clip_grad_norm_(G.parameters(), max_norm=100)
@@ -371,19 +371,20 @@ def sample(model, n, truncation=1.0, seed=None):
 # ==== 8. Judging, on held-out pictures ============================================================
 def two_sample_accuracy(real, fake, steps=300):
     """An independent discriminator learns to tell pictures (N, C, H, W) in [-1, 1] from as many
-    fakes, on one half of each -> its share of right answers on pairs of the other half: 0.5 if they
-    look alike, 1 if they are easily told apart (Lopez-Paz, Oquab 2016, arXiv:1610.06545)."""
+    fakes, on one half of each -> its share of right answers on the other half: 0.5 if they look
+    alike, 1 if they are easily told apart (Lopez-Paz, Oquab 2016, arXiv:1610.06545)."""
     half = len(real) // 2
     D = Discriminator(*real.shape[1:3], width=16)
     optimizer = torch.optim.Adam(D.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = torch.randint(half, (32,))
-        loss = pair_loss(D(real[rows]), D(fake[rows]))
+        loss = discriminator_loss(D(real[rows]), D(fake[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return (D(real[half:]) > D(fake[half:])).float().mean().item()
+        right = torch.cat([D(real[half:]) > 0, D(fake[half:]) < 0])
+    return right.float().mean().item()
 
 
 def judge(model, test):
@@ -479,7 +480,7 @@ def new_networks(config):
     """Generator, discriminator, and what becomes the average of the generator."""
     shape, kind = image_shape(config), DCGAN if config.generator == "dcgan" else StyleGAN
     G = kind(*shape, config.width, config.latent_dim).to(memory_format=torch.channels_last)
-    D = Discriminator(*shape, config.width).to(memory_format=torch.channels_last)  # this is faster
+    D = Discriminator(*shape, config.width).to(memory_format=torch.channels_last)  # a faster order
     return G, D, copy.deepcopy(G).eval()
 
 

@@ -2654,18 +2654,16 @@ def gan_words(out, **settings):
     return [*words, "--out", str(out)]
 
 
-def test_loss_of_pairs():
-    """Cross-entropy of which picture is real, finite for any logits; it does not saturate."""
-    first, second = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.0])
-    answers = 1 / (1 + (second - first).exp())
-    torch.testing.assert_close(gan.pair_loss(first, second), -answers.log().mean())
-    assert math.isclose(gan.pair_loss(first, first), math.log(2), rel_tol=1e-6)
-    for gap in (-100.0, -3.0, 0.0, 3.0, 100.0):  # G's loss, its fake's logit this much below
-        fake = torch.tensor([0.7], requires_grad=True)
-        loss = gan.pair_loss(fake, torch.tensor([0.7 + gap]))
-        (slope,) = torch.autograd.grad(loss, fake)
-        assert torch.isfinite(loss)
-        assert math.isclose(slope, -1 / (1 + math.exp(-gap)), rel_tol=1e-4, abs_tol=1e-12)
+def test_losses_are_finite_and_as_written():
+    for logit in (-100.0, -3.0, 0.0, 3.0, 100.0):
+        x = torch.tensor([logit], requires_grad=True)
+        loss = gan.generator_loss(x)
+        (slope,) = torch.autograd.grad(loss, x)  # near -1 where D is sure of a fake: not saturated
+        assert math.isclose(slope, -1 / (1 + math.exp(logit)), rel_tol=1e-4, abs_tol=1e-12)
+        assert torch.isfinite(loss) and torch.isfinite(gan.discriminator_loss(x, -x))
+    loss = gan.discriminator_loss(torch.tensor([2.0, 3.0]), torch.tensor([-1.0, 0.5]))
+    real, fake = torch.tensor([2.0, 3.0]).sigmoid(), torch.tensor([-1.0, 0.5]).sigmoid()
+    torch.testing.assert_close(loss, -real.log().mean() - (1 - fake).log().mean())
 
 
 def test_r1_of_a_known_gradient():
@@ -2682,9 +2680,9 @@ def test_r1_of_a_known_gradient():
 @pytest.mark.parametrize("kind", ["dcgan", "stylegan"])
 def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
     """In turns, D first; each update moves its own network, by the gradient of its own loss."""
-    networks, seen, losses, penalties = {}, [], [], []
+    networks, seen, penalties = {}, [], []
     real_step, real_new = torch.optim.Adam.step, gan.new_networks
-    real_loss, real_penalty = gan.pair_loss, gan.r1_penalty
+    real_penalty = gan.r1_penalty
 
     def new_networks(config):
         networks["G"], networks["D"], average = real_new(config)
@@ -2705,10 +2703,6 @@ def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
         assert all(group["betas"][0] == 0 for group in optimizer.param_groups)
         return result
 
-    def loss(first, second):
-        losses.append((first.requires_grad, second.requires_grad))
-        return real_loss(first, second)
-
     def penalty(D, real):  # real pictures are bytes, scaled
         pixels = (real + 1) * 127.5
         assert (pixels - pixels.round()).abs().max() < 1e-3
@@ -2719,7 +2713,6 @@ def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gan, "new_networks", new_networks)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    monkeypatch.setattr(gan, "pair_loss", loss)
     monkeypatch.setattr(gan, "r1_penalty", penalty)
     monkeypatch.setattr(gan, "judge", lambda *a: {"variety": 1.0})
     assert gan.main(gan_words(tmp_path, generator=kind, steps=9, r1=0.5)) == 0
@@ -2728,7 +2721,6 @@ def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
     for first, second in zip(seen[::2], seen[1::2], strict=True):
         assert all(map(torch.equal, first[2], second[2]))  # G's update leaves no gradient in D
     assert all(not x.any() for x in seen[0][3])  # and D's none in G: fakes are detached
-    assert losses == [(True, True), (True, False)] * 9  # G wants its fakes to come first
     assert penalties == [4.0] * 2  # R1 counts eightfold, in each eighth step
     (peak, *slow), (last, *_) = seen[1][4], seen[-1][4]
     assert math.isclose(peak, 2e-3) and last < peak / 10
@@ -2736,13 +2728,13 @@ def test_who_is_updated_by_what(kind, tmp_path, monkeypatch):
 
 
 def test_discriminator_learns_which_is_real(monkeypatch):
-    """Its loss falls if the real picture of each pair gets the larger logit."""
+    """Real is above 0; and it sees how much the pictures of each group of four differ."""
     D, spread = gan.Discriminator(1, 16, 8), []
     D.head.register_forward_pre_hook(lambda module, inputs: spread.append(inputs[0][:, -1]))
     x = torch.rand(8, 1, 16, 16)
     features = D.body(x)
     D(x)
-    for i in (0, 4):  # it sees how much the pictures of each group of four differ
+    for i in (0, 4):
         expected = (features[i:i + 4].var(0, correction=0) + 1e-8).sqrt().mean()
         torch.testing.assert_close(spread[0][i:i + 4], expected.expand(4, 4, 4))
     D(x[:3])
@@ -2750,9 +2742,9 @@ def test_discriminator_learns_which_is_real(monkeypatch):
     optimizer = gan.adam(D)
     for _ in range(30):
         optimizer.zero_grad()
-        gan.pair_loss(D(x), D(-x)).backward()
+        gan.discriminator_loss(D(x), D(-x)).backward()
         optimizer.step()
-    assert (D(x) > D(-x)).all()
+    assert (D(x) > 0).all() and (D(-x) < 0).all()
 
 
 def test_modulation_is_scaled_weights():
@@ -2934,16 +2926,16 @@ def test_sheets_of_gan(generated, tmp_path, monkeypatch):
 
 def test_gan_interrupted_and_continued(generated, tmp_path, monkeypatch, capsys):
     """To the bit, with both optimisers and the average."""
-    loss, calls = gan.pair_loss, iter(range(1000))
+    loss, calls = gan.generator_loss, iter(range(1000))
 
     def interrupted(*a):
-        if next(calls) == 61:  # in the update of G in step 30
+        if next(calls) == 30:
             raise KeyboardInterrupt
         return loss(*a)
 
     with monkeypatch.context() as patch:
         patch.setattr(gan, "SAVE_SECONDS", -1)
-        patch.setattr(gan, "pair_loss", interrupted)
+        patch.setattr(gan, "generator_loss", interrupted)
         assert gan.main(gan_words(tmp_path)) == 130
     assert "to continue" in capsys.readouterr().err and weights(tmp_path)["progress"][0] == 20
     assert gan.main(gan_words(tmp_path)) == 0
