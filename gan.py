@@ -425,7 +425,6 @@ FACES = [f"{mood} face with {length} {colour} hair{glasses}" for mood in MOODS
          for length in ("short", "long") for colour in HAIR for glasses in ("", " and glasses")]
 
 
-
 def draw_samples(run, model, frames):
     """samples.png, and one more of the frames that show what becomes of the same z."""
     images = sample(model, run.config.samples, run.config.truncation, run.config.seed)
