@@ -317,7 +317,7 @@ def train(config):
         raise UserError("gan.py is for one process: start it without torchrun")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    G, D, average = (network.to(device) for network in new_networks(config))
+    G, D, average = new_networks(config, device)
     adam_G, adam_D, frames = adam(G), adam(D), []
     run = Run(config, G=G, D=D, average=average, adam_G=adam_G, adam_D=adam_D)
     if not run.finished:
@@ -475,20 +475,21 @@ def report(run, model):
     print(f"{run.config.out}, on held-out data: {run.figures}")
 
 
-def new_networks(config):
+def new_networks(config, device):
     """Generator, discriminator, and what becomes the average of the generator."""
     shape, kind = image_shape(config), DCGAN if config.generator == "dcgan" else StyleGAN
-    G = kind(*shape, config.width, config.latent_dim).to(memory_format=torch.channels_last)
-    D = Discriminator(*shape, config.width).to(memory_format=torch.channels_last)  # a faster order
-    return G, D, copy.deepcopy(G).eval()
+    G = kind(*shape, config.width, config.latent_dim)
+    networks = G, Discriminator(*shape, config.width), copy.deepcopy(G).eval()
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # faster
+    return [network.to(device, memory_format=layout) for network in networks]
 
 
 def load(path, device="cpu"):
     """The averaged generator of a checkpoint, in eval mode. UserError if it is none of gan.py's."""
     state = read_checkpoint(path)
-    model = new_networks(Config(**state["config"]))[2]
+    model = new_networks(Config(**state["config"]), torch.device(device))[2]
     model.load_state_dict(state["average"])
-    return model.to(device)
+    return model
 
 
 def command_line(argv):
