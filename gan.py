@@ -105,7 +105,7 @@ def levels(size, width):
 # here instead:
 # - no pooling, but strided convolutions, to double the resolution transposed ones. Those have other
 #   weights for even than for odd pixels and leave a woven pattern on flat colours. Here bilinear
-#   upsampling doubles it: a low-pass filter, [1, 3, 3, 1] / 4 along each axis, as in StyleGAN;
+#   upsampling doubles it: a low-pass filter, [1, 3, 3, 1] / 4 along each axis, as in StyleGAN2;
 # - batch normalisation keeps activations and gradients at one scale, but makes each fake depend on
 #   the others in its batch. Here the generator normalises each picture by itself (GroupNorm), the
 #   discriminator not at all: the R1 penalty (chapter 5) steadies it;
